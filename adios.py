@@ -1,0 +1,1022 @@
+#!/usr/bin/env python3
+"""ADIOS in one file: learning what to hide, without labels.
+
+Siamese self-supervised learning shows an encoder two views of an image and asks for the same
+representation of both. ADIOS (Shi, Siddharth, Torr and Kosiorek, "Adversarial Masking for
+Self-Supervised Learning", ICML 2022, arXiv 2201.13100) lets a second network hide part of one
+view first. The two play a min-max game over one loss:
+
+    I*, M* = argmin_I max_M  1/N Σ_n [ L_n(x; I, M) − λ p_n ]
+
+    I    the inference model, an encoder and its heads: it makes the loss small
+    M    the occlusion model, a U-Net that paints N soft masks, Σ_n m_n = 1 at each pixel:
+         it makes the loss large
+    L_n  an SSL method's loss between view A, whole, and view B behind mask n: B ⊙ (1 − m_n)
+    p_n  1 / sin(π · mean(m_n)), the price of a mask that hides nothing or everything
+
+M gains by hiding what the encoder relies on, so its masks come to follow objects.
+
+    python adios.py                       drawn shapes, three minutes on a laptop
+    python adios.py --dataset stl10       the real thing, on a GPU
+    python adios.py --help                every setting
+
+In the order of reading: settings, data, views, encoder, occluder, objective, masking schemes,
+the game, the judges, the pictures, training, the command line.
+"""
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import hsv_to_rgb, to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import datasets
+from torchvision.transforms.v2 import functional as TF
+from tqdm.auto import tqdm
+
+# ---- Settings ------------------------------------------------------------------------------------
+# One dataclass is the command line, the argument of `train` and the record in results.json. Where
+# it gives no default, the data set does.
+
+SHAPES = dict(image_size=32, width=16, small_stem=False, occluder_width=8, num_masks=2,
+              sparsity=0.02, epochs=20, batch_size=128, lr=3e-3, occluder_lr=2e-3, min_crop=0.3,
+              jitter=0.5, blur=0.0)
+CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_masks=4,
+             sparsity=0.1, epochs=100, batch_size=256, lr=2e-3, occluder_lr=1e-3, min_crop=0.08,
+             jitter=0.5, blur=0.0)
+STL10 = CIFAR | dict(image_size=96, small_stem=False, num_masks=6, blur=0.5)
+FOLDER = STL10 | dict(image_size=64, width=24, occluder_width=8, num_masks=4, epochs=20,
+                      batch_size=128)
+PRESETS = dict(shapes=SHAPES, stl10=STL10, cifar10=CIFAR, cifar100=CIFAR, folder=FOLDER)
+
+
+class AdiosError(ValueError):
+    """A mistake that the user can mend: shown as one line `adios: error: …`, exit code 2."""
+
+
+def option(help, default=None, choices=None, low=None, high=None):
+    """A field of Settings: its help, its default (None: the data set's), what it may be."""
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
+
+
+@dataclass
+class Settings:
+    """All that decides a run; raises AdiosError where a value is out of range."""
+
+    dataset: str = option("images to train on", "shapes", tuple(PRESETS))
+    data_dir: str = option("where data sets are or are downloaded to; for `folder` the one with "
+                           "train/<class>/ and val/<class>/ in it", "data")
+    image_size: int = option("pixels a side", low=32, high=1024)
+    ssl: str = option("siamese objective", "simclr", ("simclr",))
+    masks: str = option("what is hidden: each of the N learned masks in turn (adios) or one of "
+                        "them per image (adios-s)", "adios-s", ("adios", "adios-s"))
+    num_masks: int = option("N, the masks that the occluder paints", low=2, high=64)
+    encoder: str = option("what is trained to represent images", "resnet18", ("resnet18",))
+    width: int = option("channels of resnet18's first stage", low=1, high=1024)
+    small_stem: bool = option("3×3 stem without pooling, for small images")
+    occluder_width: int = option("channels c of the occluder's first stage, a multiple of 8",
+                                 low=8, high=1024)
+    epochs: int = option("passes over the training images", low=1, high=10**6)
+    batch_size: int = option("images a step", low=2, high=10**6)
+    lr: float = option("peak learning rate of the encoder (AdamW)", low=1e-9, high=10)
+    occluder_lr: float = option("peak learning rate of the occluder (AdamW)", low=0, high=10)
+    weight_decay: float = option("of both players, biases and norms excepted", 1e-4, low=0, high=10)
+    sparsity: float = option("λ, weight of the sparsity penalty", low=0, high=1000)
+    temperature: float = option("of NT-Xent", 0.2, low=1e-3, high=1000)
+    min_crop: float = option("smallest share of an image that a crop covers", low=1e-3, high=1)
+    jitter: float = option("colour jitter s: brightness, contrast and saturation ± 0.8 s, hue "
+                           "± 0.2 s", low=0, high=1.25)
+    blur: float = option("probability of Gaussian blur", low=0, high=1)
+    limit: int = option("use only so many training images (0: all)", 0, low=0, high=10**9)
+    seed: int = option("of data, weights, order and crops", 0, low=0, high=2**31)
+    device: str = option("cpu, cuda, cuda:1, mps or auto, the fastest there is", "auto")
+    out: str = option("folder for results (default: runs/<dataset>-<ssl>-<masks>)", "")
+    resume: bool = option("go on from the checkpoint in --out", False)
+    overwrite: bool = option("replace the run in --out", False)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, limits = getattr(self, f.name), f.metadata
+            if value is None and self.dataset in PRESETS:
+                value = PRESETS[self.dataset].get(f.name)
+            if f.type is float and type(value) is int:
+                value = float(value)
+            if type(value) is not f.type:
+                raise AdiosError(f"{flag(f.name)} {value!r}: give a {f.type.__name__}")
+            if limits["choices"] and value not in limits["choices"]:
+                raise AdiosError(f"{flag(f.name)} {value}: choose from "
+                                 f"{', '.join(limits['choices'])}")
+            if limits["low"] is not None and not limits["low"] <= value <= limits["high"]:  # or NaN
+                raise AdiosError(f"{flag(f.name)} {value}: give a value from {limits['low']:g} to "
+                                 f"{limits['high']:g}")
+            setattr(self, f.name, value)
+        if self.occluder_width % 8:
+            raise AdiosError(f"--occluder-width {self.occluder_width}: give a multiple of 8")
+        if self.resume and self.overwrite:
+            raise AdiosError("--resume and --overwrite exclude each other: drop one of them")
+        self.out = self.out or f"runs/{self.dataset}-{self.ssl}-{self.masks}"
+
+
+def flag(name):
+    """The command-line spelling of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+# Images live as one uint8 tensor, on the device when they fit: there are no loader processes, a
+# batch is an index. `shapes` is drawn here, so that the true masks are known and learned masks can
+# be judged. Its backgrounds tell the class nine times in ten: the shortcut that hiding should cure.
+
+
+@dataclass
+class Data:
+    """A data set: images uint8 [n, 3, H, W], labels int64 [n], object masks bool [n, H, W]."""
+
+    images: Tensor                     # for pre-training
+    labels: Tensor                     # −1 where unlabelled; such images reach no judge
+    test_images: Tensor
+    test_labels: Tensor
+    classes: list                      # their names
+    test_masks: Tensor | None = None
+    shuffled: Tensor | None = None     # the test objects, each before another's background
+
+    def statistics(self):
+        """Mean and standard deviation of the channels, [1, 3, 1, 1] each, of values in [0, 1]."""
+        sample = self.images[::max(1, len(self.images) // 2000)].float() / 255
+        std, mean = torch.std_mean(sample, dim=(0, 2, 3), keepdim=True)
+        return mean, std.clamp_min(1e-3)
+
+    def to(self, device):
+        """Itself, with what fits into half of a GPU's free memory moved there."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and (
+                    device.type != "cuda" or value.nbytes < torch.cuda.mem_get_info(device)[0] / 2):
+                setattr(self, name, value.to(device))
+        return self
+
+
+# A shape says which points (x, y) are in it, in units in which each has an area of about 3.
+INSIDE = {
+    "disc": lambda x, y: x**2 + y**2 < 0.98,
+    "ring": lambda x, y: (x**2 + y**2 - 0.85).abs() < 0.45,
+    "square": lambda x, y: x.abs().maximum(y.abs()) < 0.87,
+    "triangle": lambda x, y: (y < 0.7) & (y > 1.732 * x.abs() - 1.4),
+    "star": lambda x, y: (x**2 + y**2).sqrt() < 0.62
+    + 1.36 * (torch.atan2(y, x) / (0.4 * math.pi) % 1 - 0.5).abs(),
+    "cross": lambda x, y: (x.abs().minimum(y.abs()) < 0.38) & (x.abs().maximum(y.abs()) < 1.12),
+    "heart": lambda x, y: (x**2 + y**2 - 0.85)**3 < 1.3 * x**2 * y**3,
+    "moon": lambda x, y: (x**2 + y**2 < 1.5) & ((x - 0.65)**2 + y**2 > 0.65),
+    "bow tie": lambda x, y: (x.abs() < 1.2) & (y.abs() < 0.12 + 0.8 * x.abs()),
+    "corner": lambda x, y: (x.abs().maximum(y.abs()) < 1.1) & (x.minimum(y) < -0.2),
+}
+
+
+def draw_shapes(count, size, seed):
+    """Draw objects and backgrounds, to be composed: the same for a seed on every machine, since
+    random numbers are the CPU generator's and the arithmetic, in float64, ends in 8 bits.
+
+    Returns labels int64 [n], object colours uint8 [n, 3, 1, 1], the objects' coverage of each
+    pixel, float64 [n, 1, H, W] in [0, 1], and backgrounds uint8 [n, 3, H, W].
+    """
+    rng = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(count, generator=rng, dtype=torch.float64)
+
+    def colours(hue, saturation, value):
+        rgb = hsv_to_rgb(torch.stack((hue % 1, saturation, value), 1).numpy())
+        return (255 * torch.from_numpy(rgb)).round()[:, :, None, None]
+
+    labels = torch.arange(count) % len(INSIDE)
+    turn, radius = uniform(0, 2 * math.pi), size * uniform(0.30, 0.37)
+    centre_x, centre_y = size * uniform(0.4, 0.6), size * uniform(0.4, 0.6)
+    deep = uniform(0, 1) < 0.5  # objects are deep or pale, backgrounds in between
+    objects = colours(uniform(0, 1), torch.where(deep, uniform(0.6, 1), uniform(0, 0.35)),
+                      torch.where(deep, uniform(0.1, 0.4), uniform(0.9, 1)))
+    tells = uniform(0, 1) < 0.9  # whether the background's hue goes with the class
+    hue = torch.where(tells, labels, (uniform(0, 1) * len(INSIDE)).long()) / len(INSIDE)
+    backgrounds = colours(hue + uniform(-0.02, 0.02), uniform(0.5, 0.6), uniform(0.65, 0.75))
+    grain = torch.randint(-10, 11, (count, 1, size, size), generator=rng)
+
+    points = (torch.arange(2 * size, dtype=torch.float64) + 0.5) / 2  # 2 × 2 samples a pixel
+    coverage = torch.empty(count, 1, size, size, dtype=torch.float64)
+    for label, inside in enumerate(INSIDE.values()):
+        for rows in (labels == label).nonzero()[:, 0].split(256):
+            x = (points - centre_x[rows, None])[:, None, :]  # [n, 1, 2W]
+            y = (points - centre_y[rows, None])[:, :, None]  # [n, 2H, 1]
+            cos, sin = (f(turn[rows])[:, None, None] / radius[rows, None, None]
+                        for f in (torch.cos, torch.sin))
+            hit = inside(cos * x + sin * y, cos * y - sin * x).double()
+            coverage[rows] = F.avg_pool2d(hit[:, None], 2)
+    return labels, objects.byte(), coverage, (backgrounds + grain).clamp(0, 255).byte()
+
+
+def compose(objects, coverage, backgrounds):
+    """Objects before backgrounds: uint8 [n, 3, H, W]."""
+    return (coverage * objects + (1 - coverage) * backgrounds).round().byte()
+
+
+def load_shapes(settings):
+    """4,000 images to train on (or `limit`) and 1,000 to test."""
+    size, seed = settings.image_size, 2 * settings.seed
+    labels, *train = draw_shapes(settings.limit or 4000, size, seed)
+    test_labels, objects, coverage, backgrounds = draw_shapes(1000, size, seed + 1)
+    deal = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
+    return Data(compose(*train), labels, compose(objects, coverage, backgrounds), test_labels,
+                list(INSIDE), coverage[:, 0] >= 0.5, compose(objects, coverage, backgrounds[deal]))
+
+
+def load_files(settings):
+    """The data sets that torchvision downloads and checks, and `folder`, in ImageNet's layout."""
+    size, root = settings.image_size, Path(settings.data_dir)
+    make = {"stl10": lambda train: datasets.STL10(root, "train+unlabeled" if train else "test",
+                                                  download=True),
+            "cifar10": lambda train: datasets.CIFAR10(root, train, download=True),
+            "cifar100": lambda train: datasets.CIFAR100(root, train, download=True),
+            "folder": lambda train: datasets.ImageFolder(root / ("train" if train else "val"))}
+    parts, classes = [], []
+    for train in (True, False):
+        try:
+            split = make[settings.dataset](train)
+        except (OSError, RuntimeError) as error:
+            need = ("it must hold train/<class>/ and val/<class>/ with images in them"
+                    if settings.dataset == "folder" else
+                    "mend the network, or put the data set's own files there, whole")
+            raise AdiosError(f"--data-dir {root}: {one_line(error)}; {need}") from error
+        if settings.dataset == "folder":
+            images = decode([Path(path) for path, _ in split.samples], size)
+        else:
+            images = torch.from_numpy(split.data)
+            images = images if images.shape[1] == 3 else images.permute(0, 3, 1, 2).contiguous()
+            if images.shape[2] != size:
+                images = torch.cat([TF.resize(part, [size, size]) for part in images.split(1000)])
+        labels = split.labels if settings.dataset == "stl10" else split.targets
+        parts += [images, torch.as_tensor(labels).long()]
+        classes.append(split.classes)
+    if classes[0] != classes[1]:
+        odd = ", ".join(sorted(set(classes[0]) ^ set(classes[1])))
+        raise AdiosError(f"--data-dir {root}: only one of train and val has the classes {odd}; "
+                         "give both the same")
+    return Data(*parts, classes[0])
+
+
+def decode(paths, size):
+    """Image files as uint8 [n, 3, size, size], the short side resized to `size`, centre-cropped.
+
+    Decoded on all cores (Pillow works outside Python's lock) into a file under $XDG_CACHE_HOME or
+    ~/.cache that is named after the files' names, lengths and times: the next run maps it into
+    memory at once, and it is made anew when a file changes.
+    """
+    def read(path):
+        try:
+            with Image.open(path) as image:
+                image = TF.center_crop(TF.resize(image.convert("RGB"), size), size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise AdiosError(f"{path} cannot be read as an image ({one_line(error)}): repair it or "
+                             "take it away") from error
+        return TF.pil_to_tensor(image).numpy().tobytes()
+
+    stats = [(str(path.absolute()), path.stat()) for path in paths]
+    place, state = (hashlib.sha256(repr(value).encode()).hexdigest()[:16] for value in
+                    ((str(paths[0].parent.parent.absolute()), size),
+                     [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adios"
+    cache, half = home / f"{place}-{state}", home / f"half-{os.getpid()}"
+    if not cache.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool, open(half, "wb") as file, tqdm(
+                    total=len(paths), unit="img", desc="decoding", delay=1, leave=False) as bar:
+                for start in range(0, len(paths), 256):  # piece by piece: memory stays flat
+                    for image in pool.map(read, paths[start:start + 256]):
+                        file.write(image)
+                        bar.update()
+            for old in home.glob(f"{place}-*"):
+                old.unlink()
+            half.replace(cache)
+        finally:
+            half.unlink(missing_ok=True)
+    return torch.from_file(str(cache), size=len(paths) * 3 * size**2,
+                           dtype=torch.uint8).view(-1, 3, size, size)
+
+
+def load_data(settings):
+    """The data set of the settings as `Data`; raises AdiosError where it is not to be had."""
+    data = (load_shapes if settings.dataset == "shapes" else load_files)(settings)
+    if 0 < settings.limit < len(data.images):
+        rng = torch.Generator().manual_seed(settings.seed)
+        keep = torch.randperm(len(data.images), generator=rng)[:settings.limit].sort().values
+        data.images, data.labels = data.images[keep], data.labels[keep]
+    if settings.batch_size > len(data.images):
+        raise AdiosError(f"--batch-size {settings.batch_size}: there are {len(data.images)} "
+                         "training images; make the batch smaller")
+    return data
+
+
+def one_line(error):
+    """An exception's message on one line."""
+    return " ".join(str(error).split())
+
+
+# ---- Two views -----------------------------------------------------------------------------------
+# SimCLR's augmentations (arXiv 2002.05709, appendix A) in torchvision's distributions. What is
+# random is drawn per image, on the host; the pixels are worked on in batches, on the device.
+
+
+def uniform(low, high, *shape):
+    """Uniform random numbers in [low, high), float32 on the CPU."""
+    return torch.empty(*shape).uniform_(low, high)
+
+
+def random_boxes(count, size, min_crop):
+    """Crops [count, 4] (top, left, height, width, in pixels) of images [size, size], drawn as by
+    RandomResizedCrop: share of the area uniform in [min_crop, 1], log of the aspect ratio uniform
+    in ± log 4/3, ten tries to fit into the image, else the whole of it."""
+    area = size**2 * uniform(min_crop, 1, count, 10)
+    ratio = uniform(-math.log(4 / 3), math.log(4 / 3), count, 10).exp()
+    shape = torch.stack((area / ratio, area * ratio), 2).sqrt().round()  # [count, 10, 2]
+    fits = ((shape > 0) & (shape <= size)).all(2)
+    shape = shape[torch.arange(count), fits.int().argmax(1)]
+    shape[~fits.any(1)] = size
+    return torch.cat(((torch.rand(count, 2) * (size - shape + 1)).floor(), shape), 1)
+
+
+def crop_and_flip(images, boxes, flip):
+    """Boxes [B, 4] of images [B, C, H, H], resized bilinearly to H × H, mirrored where flip [B]:
+    one sampling grid, which does not look beyond the box."""
+    size, device = images.shape[-1], images.device
+    top, left, height, width = boxes.to(device)[:, :, None].unbind(1)  # [B, 1] each
+    centres = (torch.arange(size, device=device) + 0.5) / size
+    rows = (top + height * centres).clamp(top + 0.5, top + height - 0.5)  # [B, H]
+    columns = (left + width * centres).clamp(left + 0.5, left + width - 0.5)
+    columns = torch.where(flip.to(device)[:, None], columns.flip(1), columns)
+    grid = torch.stack((columns[:, None, :].expand(-1, size, -1),
+                        rows[:, :, None].expand(-1, -1, size)), 3)
+    return F.grid_sample(images, 2 * grid / size - 1, align_corners=False)
+
+
+def blend(images, other, factor):
+    """Between `other` (factor 0) and the image (1) or beyond, as torchvision adjusts colours."""
+    return (factor * images + (1 - factor) * other).clamp(0, 1)
+
+
+def shift_hue(images, shift):
+    """Turn the hue of RGB images [B, 3, H, W] by shift [B, 1, 1, 1] (in turns), through HSV."""
+    value = images.amax(1)  # [B, H, W]
+    chroma = value - images.amin(1)
+    red, green, blue = (images / chroma.clamp_min(1e-12)[:, None]).unbind(1)
+    hue = 6 * shift[:, 0] + torch.where(  # in sixths of a turn
+        value == images[:, 0], green - blue,
+        torch.where(value == images[:, 1], 2 + blue - red, 4 + red - green))
+    waves = ((hue + n) % 6 for n in (5, 3, 1))
+    return torch.stack([value - chroma * k.minimum(4 - k).clamp(0, 1) for k in waves], 1)
+
+
+ADJUST = (lambda x, f: blend(x, 0, f),                                                 # brightness
+          lambda x, f: blend(x, TF.rgb_to_grayscale(x).mean((2, 3), keepdim=True), f),  # contrast
+          lambda x, f: blend(x, TF.rgb_to_grayscale(x), f),                            # saturation
+          shift_hue)
+
+
+def colour_jitter(images, factors, order):
+    """Adjust images [B, 3, H, W] in [0, 1] by factors [B, 4] (brightness, contrast, saturation,
+    hue), each image in its own order [B, 4] of the four; −1 there adjusts nothing."""
+    images, factors = images.clone(), factors.to(images.device)[:, :, None, None, None]
+    for step in order.T:
+        for which, adjust in enumerate(ADJUST):
+            rows = (step == which).nonzero()[:, 0].to(images.device)
+            images[rows] = adjust(images[rows], factors[rows, which])
+    return images
+
+
+def gaussian_blur(images, sigma):
+    """Blur images [B, C, H, W] by sigma [B] pixels: reflected borders, and a kernel as wide as a
+    tenth of the image, which is SimCLR's choice."""
+    batch, channels, size, _ = images.shape
+    radius = size // 20
+    kernel = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.exp(-0.5 * (kernel / sigma.to(images.device)[:, None])**2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None]
+    images = F.pad(images, (radius,) * 4, mode="reflect").flatten(0, 1)[None]  # [1, B·C, H', W']
+    for weight in (kernel[:, :, None, :], kernel[:, :, :, None]):
+        images = F.conv2d(images, weight, groups=batch * channels)
+    return images.view(batch, channels, size, size)
+
+
+def augment(images, settings):
+    """One random view of each image: uint8 [B, 3, H, H] to float32 [B, 3, H, H] in [0, 1].
+
+    Random resized crop, flip (p 0.5), colour jitter (p 0.8), grey (p 0.2) and Gaussian blur
+    (p settings.blur, sigma 0.1 to 2 pixels), drawn from torch's global CPU generator.
+    """
+    count, size, device = len(images), images.shape[-1], images.device
+    boxes = random_boxes(count, size, settings.min_crop)
+    views = crop_and_flip(images.float() / 255, boxes, torch.rand(count) < 0.5)
+    factors = settings.jitter * torch.tensor((0.8, 0.8, 0.8, 0.2)) * uniform(-1, 1, count, 4)
+    order = torch.rand(count, 4).argsort(1)
+    order[torch.rand(count) >= 0.8] = -1
+    views = colour_jitter(views, factors + torch.tensor((1, 1, 1, 0)), order)
+    rows = (torch.rand(count) < 0.2).nonzero()[:, 0].to(device)
+    views[rows] = TF.rgb_to_grayscale(views[rows], 3)
+    rows = (torch.rand(count) < settings.blur).nonzero()[:, 0].to(device)
+    if len(rows):
+        views[rows] = gaussian_blur(views[rows], uniform(0.1, 2, len(rows)))
+    return views
+
+
+# ---- The encoder ---------------------------------------------------------------------------------
+# ResNet-18 (arXiv 1512.03385) as in torchvision, under the same parameter names, so that weights
+# load both ways. `width` thins it for small runs.
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions around a shortcut: [B, inner, H, W] to [B, outer, H/s, W/s]."""
+
+    def __init__(self, inner, outer, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outer)
+        self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outer)
+        self.downsample = None
+        if stride != 1 or inner != outer:
+            self.downsample = nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False),
+                                            nn.BatchNorm2d(outer))
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class ResNet18(nn.Module):
+    """Images [B, 3, H, W] to features [B, 8 · width]; at width 64 torchvision's resnet18
+    without its `fc`. `small_stem` keeps the resolution of small images (as is usual on CIFAR)."""
+
+    def __init__(self, width=64, small_stem=False):
+        super().__init__()
+        self.features = 8 * width
+        self.conv1 = nn.Conv2d(3, width, *((3, 1, 1) if small_stem else (7, 2, 3)), bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
+        for stage, inner, outer, stride in ((1, 1, 1, 1), (2, 1, 2, 2), (3, 2, 4, 2), (4, 4, 8, 2)):
+            self.add_module(f"layer{stage}", nn.Sequential(
+                BasicBlock(inner * width, outer * width, stride),
+                BasicBlock(outer * width, outer * width, 1)))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
+
+
+# ---- The occluder --------------------------------------------------------------------------------
+# A U-Net (paper, section 3.2 and appendix): going down it sees what is where, the MLP at the
+# bottom sees the whole image at once, going up it paints. The softmax over the N masks makes them
+# share out each pixel: to hide more of one thing a mask must leave another to the others.
+
+
+class Occluder(nn.Module):
+    """Views [B, 3, H, H], H from 32 up, to masks [B, N, H, H] in (0, 1) that sum to 1 over N.
+
+    int(log2(H) − 1) stages of c, c, 2c, 2c, 2c, … channels (c = width, a multiple of 8).
+    """
+
+    def __init__(self, image_size, num_masks, width=32):
+        super().__init__()
+        depth = int(math.log2(image_size) - 1)
+        channels = [width if stage < 2 else 2 * width for stage in range(depth)]
+
+        def conv(inner, outer):
+            return nn.Sequential(nn.Conv2d(inner, outer, 3, padding=1, bias=False),
+                                 nn.GroupNorm(8, outer), nn.ReLU())
+
+        self.down = nn.ModuleList(map(conv, [3, *channels], channels))
+        self.up = nn.ModuleList(conv(2 * inner, outer) for inner, outer in
+                                zip(channels[::-1], [*channels[-2::-1], width]))
+        flat = channels[-1] * (image_size // 2**(depth - 1))**2
+        self.mlp = nn.Sequential(nn.Linear(flat, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
+                                 nn.Linear(128, flat), nn.ReLU())
+        self.paint = nn.Conv2d(width, num_masks, 1)
+
+    def forward(self, x):
+        skips = []
+        for stage, block in enumerate(self.down):
+            x = block(x if stage == 0 else F.interpolate(x, scale_factor=0.5))
+            skips.append(x)
+        x = self.mlp(x.flatten(1)).view(x.shape)
+        for block in self.up:
+            skip = skips.pop()
+            x = block(torch.cat((F.interpolate(x, size=skip.shape[2:]), skip), 1))
+        return self.paint(x).float().softmax(1)
+
+
+def sparsity_penalty(masks):
+    """p = 1 / sin(π · mean(m)) of masks [B, N, H, W] in [0, 1], per image and mask: [B, N] ≥ 1.
+
+    It is 1 for a mask over half the image and grows without bound towards none or all of it
+    (paper, section 3.3); areas are kept 1e-4 away from both, so that it stays finite.
+    """
+    area = masks.float().mean((2, 3)).clamp(1e-4, 1 - 1e-4)
+    return 1 / torch.sin(math.pi * area)
+
+
+# ---- The objective -------------------------------------------------------------------------------
+# What both players play over. A siamese objective compares the embeddings of two views.
+
+
+def nt_xent(z_a, z_b, temperature):
+    """NT-Xent (SimCLR, arXiv 2002.05709, equation 1): a scalar from two sets of embeddings
+    [B, D] of any length.
+
+    For each of the 2B embeddings, the cross-entropy of picking its other view among the 2B − 1
+    others by cosine similarity / temperature; the mean over all.
+    """
+    z = F.normalize(torch.cat((z_a, z_b)).float())
+    similarity = z @ z.T / temperature  # [2B, 2B]
+    similarity.fill_diagonal_(-math.inf)
+    other = torch.arange(len(z), device=z.device).roll(len(z_a))
+    return F.cross_entropy(similarity, other)
+
+
+class Siamese(nn.Module):
+    """The inference model I: views [B, 3, H, W] to embeddings [B, 128] through the encoder, whose
+    features [B, D] are what is kept, and a projector, which is not."""
+
+    def __init__(self, settings):
+        super().__init__()
+        self.encoder = ResNet18(settings.width, settings.small_stem)
+        width = self.encoder.features
+        self.projector = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(),
+                                       nn.Linear(4 * width, 128))
+
+    def forward(self, views):
+        return self.projector(self.encoder(views))
+
+
+# ---- Masking schemes -----------------------------------------------------------------------------
+# From the N masks that the occluder painted [B, N, H, W], the K that are hidden in turn.
+
+
+def hide_all(masks):
+    """ADIOS: each of the N masks in turn: [B, N, H, W]."""
+    return masks
+
+
+def hide_one(masks):
+    """ADIOS-s: one of the N masks, drawn at random per image: [B, 1, H, W]."""
+    drawn = torch.randint(masks.shape[1], (len(masks),)).to(masks.device)
+    return masks.take_along_dim(drawn[:, None, None, None], 1)
+
+
+SCHEMES = {"adios": hide_all, "adios-s": hide_one}
+
+
+# ---- The game ------------------------------------------------------------------------------------
+
+
+class Player:
+    """One side of the game: a network, its optimiser (AdamW) and its loss scaler."""
+
+    def __init__(self, network, lr, settings, dtype):
+        self.network, self.lr = network, lr
+        weights = [p for p in network.parameters() if p.ndim > 1]
+        others = [p for p in network.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW([
+            {"params": weights, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0}])
+        self.scaler = torch.amp.GradScaler(weights[0].device.type, enabled=dtype == torch.float16)
+
+    def step(self, loss, progress):
+        """Descend on the loss. The rate rises linearly over the first tenth of the run (progress,
+        0 to 1) and falls to zero on a cosine."""
+        rise, fall = progress / 0.1, (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * (rise if progress < 0.1 else fall)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+@contextlib.contextmanager
+def frozen(model):
+    """Let gradients through the model but none into it: its weights and its batch-norm running
+    statistics stay as they are (batches are still normalised by their own statistics)."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+
+    def hold(still):
+        for weight in weights:
+            weight.requires_grad_(not still)
+        for norm in norms:
+            norm.track_running_stats = not still
+
+    hold(True)
+    try:
+        yield
+    finally:
+        hold(False)
+
+
+class Game:
+    """The two players and one batch of their game."""
+
+    def __init__(self, settings, mean, std, device):
+        self.settings, self.device = settings, device
+        self.mean, self.std = mean.to(device), std.to(device)
+        self.dtype = precision(device)
+        self.model = Siamese(settings).to(device, memory_format=torch.channels_last)
+        self.occluder = Occluder(settings.image_size, settings.num_masks, settings.occluder_width
+                                 ).to(device, memory_format=torch.channels_last)
+        self.inference = Player(self.model, settings.lr, settings, self.dtype)
+        self.occlusion = Player(self.occluder, settings.occluder_lr, settings, self.dtype)
+
+    def parts(self):
+        """All that has a state, for checkpoints."""
+        return [part for player in (self.inference, self.occlusion)
+                for part in (player.network, player.optimizer, player.scaler)]
+
+    def normalise(self, images):
+        """Images in [0, 1] as the networks see them: 0 is the data set's mean colour."""
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def autocast(self):
+        """Half precision where the device has it; a context for forward passes."""
+        return (contextlib.nullcontext() if self.dtype == torch.float32 else
+                torch.autocast(self.device.type, self.dtype))
+
+    def loss(self, view_a, view_b, masks):
+        """L: how far view A [B, 3, H, W] and view B behind each of the masks [B, K, H, W] are
+        apart; the mean over the K. View A is encoded once."""
+        with self.autocast():
+            z_a = self.model(view_a)
+            z_b = [self.model(view_b * (1 - mask[:, None])) for mask in masks.unbind(1)]
+        return sum(nt_xent(z_a, z, self.settings.temperature) for z in z_b) / len(z_b)
+
+    def inference_move(self, view_a, view_b, hidden, progress):
+        """I descends on the loss, the masks given. Returns the loss, a scalar."""
+        loss = self.loss(view_a, view_b, hidden.detach())
+        self.inference.step(loss, progress)
+        return loss.detach()
+
+    def occlusion_move(self, view_a, view_b, hidden, masks, progress):
+        """M ascends on the same loss less the price of its masks, I held still. Returns L − λp."""
+        with frozen(self.model):
+            gain = self.loss(view_a, view_b, hidden)
+        gain = gain - self.settings.sparsity * sparsity_penalty(masks).mean()
+        self.occlusion.step(-gain, progress)
+        return gain.detach()
+
+    def play(self, images, progress):
+        """Both moves on a batch of uint8 images [B, 3, H, W] at `progress` (0 to 1) of the run.
+        Returns [2 + N], on the device: I's loss, M's gain, the mean area of each mask."""
+        view_a = self.normalise(augment(images, self.settings))
+        view_b = self.normalise(augment(images, self.settings))
+        with self.autocast():
+            masks = self.occluder(view_b)             # [B, N, H, W]
+        hidden = SCHEMES[self.settings.masks](masks)  # [B, K, H, W]
+        loss = self.inference_move(view_a, view_b, hidden, progress)
+        # M has not moved since it painted: its masks are good for its own move as well
+        gain = self.occlusion_move(view_a, view_b, hidden, masks, progress)
+        return torch.cat((torch.stack((loss, gain)), masks.detach().mean((0, 2, 3))))
+
+
+def precision(device):
+    """bfloat16 on GPUs that have it natively, float16 on older ones, float32 elsewhere."""
+    if device.type != "cuda":
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
+# ---- The judges ----------------------------------------------------------------------------------
+# They see frozen features of whole images, and masks; nothing is trained.
+
+
+@torch.no_grad()
+def features(game, images):
+    """The encoder's features [n, D], float32, of uint8 images [n, 3, H, W]."""
+    encoder = game.model.encoder.eval()
+    with game.autocast():
+        parts = [encoder(game.normalise(part.to(game.device).float() / 255)).float()
+                 for part in images.split(512)]
+    game.model.train()
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def paint(game, images):
+    """The occluder's masks [n, N, H, W] on uint8 images [n, 3, H, W]."""
+    with game.autocast():
+        return torch.cat([game.occluder(game.normalise(part.to(game.device).float() / 255))
+                          for part in images.split(512)])
+
+
+def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20, temperature=0.07):
+    """Weighted k-NN (arXiv 1805.01978, section 3.4): the share of test labels got right, 0 to 1.
+
+    Features [n, D] and [m, D] of any length, labels int64 [n] and [m]. The k nearest training
+    features by cosine similarity s (all, if there are fewer) vote with weight exp(s / temperature).
+    Raises ValueError where a training label is negative: an unlabelled image.
+    """
+    if (train_labels < 0).any():
+        raise ValueError("unlabelled images (label -1) among the k-NN's training features")
+    bank, right = F.normalize(train_features), 0
+    for queries, truth in zip(F.normalize(test_features).split(1024), test_labels.split(1024)):
+        similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)))  # [m, k]
+        votes = torch.zeros(len(queries), int(train_labels.max()) + 1, device=queries.device)
+        votes.scatter_add_(1, train_labels[nearest], ((similarity - 1) / temperature).exp())
+        right += (votes.argmax(1) == truth).sum().item()
+    return right / len(test_labels)
+
+
+def object_iou(masks, truth):
+    """Intersection over union, 0 to 1, of true object masks, bool [n, H, W], with the best of
+    the hardened masks [n, N, H, W] (each pixel to its largest) of each image; mean over images."""
+    hard = F.one_hot(masks.argmax(1), masks.shape[1]).movedim(3, 1).bool()  # [n, N, H, W]
+    both = (hard & truth[:, None]).sum((2, 3))
+    either = (hard | truth[:, None]).sum((2, 3))
+    return (both / either.clamp_min(1)).amax(1).mean().item()
+
+
+JUDGES = {"knn": "k-NN", "knn_shuffled_background": "k-NN, shuffled backgrounds",
+          "object_iou": "object IoU of the masks"}
+
+
+def judge(game, data):
+    """All judges on the test images: knn, knn_shuffled_background and object_iou, each from
+    0 to 1, or None where the data set has no truth to judge by."""
+    labelled = data.labels >= 0
+    bank, labels = features(game, data.images[labelled]), data.labels[labelled].to(game.device)
+    truth = data.test_labels.to(game.device)
+    scores = dict.fromkeys(JUDGES)
+    scores["knn"] = knn_accuracy(bank, labels, features(game, data.test_images), truth)
+    if data.shuffled is not None:
+        scores["knn_shuffled_background"] = knn_accuracy(
+            bank, labels, features(game, data.shuffled), truth)
+    if data.test_masks is not None:
+        scores["object_iou"] = object_iou(paint(game, data.test_images),
+                                          data.test_masks.to(game.device))
+    return scores
+
+
+# ---- The pictures --------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, told apart by the colour-blind too; mask n has the n-th everywhere.
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+
+
+def plot_masks(images, masks, path=None):
+    """Draw images, uint8 [n, 3, H, W], a column each: the image, what each of its masks
+    [n, N, H, W] hides, and all of them over it. Returns the figure; saves it if given a path."""
+    images, masks = images.cpu().float() / 255, masks.cpu().float()
+    palette = torch.tensor([to_rgb(COLOURS[n % len(COLOURS)]) for n in range(masks.shape[1])])
+    rows = {"image": images} | {f"mask {n + 1}": mask[:, None].expand(-1, 3, -1, -1)
+                                for n, mask in enumerate(masks.unbind(1))}
+    rows["all masks"] = 0.35 * images + 0.65 * torch.einsum("bnhw,nc->bchw", masks, palette)
+    figure = Figure(figsize=(1.1 * len(images) + 0.9, 1.13 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
+    for n, (line, (title, pictures)) in enumerate(zip(axes, rows.items())):
+        line[0].set_ylabel(title, fontsize=11)
+        for axis, picture in zip(line, pictures):
+            axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if title.startswith("mask"):
+                axis.spines[:].set(color=COLOURS[(n - 1) % len(COLOURS)], linewidth=2.5)
+    if path:
+        figure.savefig(path, dpi=110)
+    return figure
+
+
+def plot_curves(log, path=None):
+    """Draw a log (a dict per epoch, as log.csv has it): losses, mask areas and the judges' scores.
+    Returns the figure; saves it if given a path."""
+    panels = (("losses", "nats", {"loss": "I's loss, L", "gain": "M's gain, L − λp"}),
+              ("mask areas", "share of the image",
+               {key: f"mask {key[5:]}" for key in log[-1] if key.startswith("area")}),
+              ("judges", "accuracy, IoU", JUDGES))
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    for axis, (title, unit, curves) in zip(figure.subplots(1, 3), panels):
+        for colour, (key, label) in zip(COLOURS, curves.items()):
+            points = [(row["epoch"], row[key]) for row in log if row[key] is not None]
+            if points:
+                axis.plot(*zip(*points), "o-", color=colour, label=label, markersize=3)
+        axis.set(title=title, xlabel="epoch", ylabel=unit)
+        if unit != "nats":
+            axis.set_ylim(0, 1)
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    if path:
+        figure.savefig(path, dpi=110)
+    return figure
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """The torch device of that name, or for `auto` the fastest that there is."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise AdiosError(f"--device {name} cannot be used here ({one_line(error)[:80]}): "
+                         "leave it out, or give cpu") from error
+
+
+def open_out(settings):
+    """The folder for results; raises AdiosError where a run there might be lost, or is missing."""
+    out = Path(settings.out)
+    there = (out / "checkpoint.pt").exists()
+    if there and not (settings.resume or settings.overwrite):
+        raise AdiosError(f"--out {out} holds a run already: give --resume to go on with it, "
+                         "--overwrite to replace it, or another --out")
+    if settings.resume and not there:
+        raise AdiosError(f"--resume: there is no {out / 'checkpoint.pt'}; leave --resume out to "
+                         "begin")
+    return out
+
+
+def save_checkpoint(path, game, log, seconds):
+    """Write a checkpoint, whole or not at all: to a file beside it that then takes its name."""
+    state = dict(settings=asdict(game.settings), mean=game.mean.cpu(), std=game.std.cpu(), log=log,
+                 seconds=seconds, players=[part.state_dict() for part in game.parts()])
+    half = path.with_suffix(".part")
+    # in a thread, which Ctrl-C does not reach: it would abort the process within torch.save
+    with open(half, "wb") as file, ThreadPoolExecutor(1) as writer:
+        writer.submit(torch.save, state, file).result()
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
+
+
+def load_checkpoint(path, game):
+    """Put the game where the checkpoint left it; returns (log, seconds)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location=game.device, weights_only=True)
+        was = state["settings"]
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        raise AdiosError(f"--resume: {path} is damaged or not one of adios.py's: begin anew with "
+                         "--overwrite or another --out") from error
+    odd = [f"{flag(name)} {was.get(name)}" for name, value in asdict(game.settings).items()
+           if was.get(name) != value
+           and name not in ("data_dir", "device", "out", "resume", "overwrite")]
+    if odd:
+        raise AdiosError(f"--resume: {path} is of other settings: give {' '.join(odd)}")
+    for part, value in zip(game.parts(), state["players"]):
+        part.load_state_dict(value)
+    return state["log"], state["seconds"]
+
+
+def train_epoch(game, data, epoch, announce):
+    """Play an epoch (from 1) and show it; returns its row of the log. Order and crops follow from
+    seed and epoch alone, so that a resumed run goes on as if it had not stopped."""
+    size, epochs = game.settings.batch_size, game.settings.epochs
+    torch.manual_seed(game.settings.seed * 2**20 + epoch)
+    order = torch.randperm(len(data.images))
+    batches = order[:len(order) // size * size].split(size)
+    start, total, left = time.perf_counter(), 0, epochs - epoch + 1
+    with tqdm(total=len(batches) * size, unit="img", desc=f"epoch {epoch}/{epochs}",
+              leave=epoch == epochs) as bar:
+        for i, rows in enumerate(batches):
+            images = data.images[rows.to(data.images.device)].to(game.device, non_blocking=True)
+            now = game.play(images, (epoch - 1 + i / len(batches)) / epochs)
+            total = total + now
+            bar.update(size)
+            if i % 10 == 0:  # to read the numbers is to wait for the device
+                loss, gain, *areas = now.tolist()
+                bar.set_postfix_str(f"I {loss:.2f}, M {gain:.2f}, areas "
+                                    + " ".join(f"{area:.2f}" for area in areas))
+            if announce and i == min(10, len(batches) - 1):
+                seconds = (time.perf_counter() - start) / (i + 1) * len(batches) * left
+                bar.write(f"{left} epochs will take about {tqdm.format_interval(seconds)}")
+    loss, gain, *areas = (total / len(batches)).tolist()
+    return dict(epoch=epoch, loss=loss, gain=gain,
+                **{f"area_{n + 1}": area for n, area in enumerate(areas)},
+                images_per_second=len(batches) * size / (time.perf_counter() - start))
+
+
+def train(settings):
+    """Play the whole game and judge it; returns what results.json holds.
+
+    masks.png, curves.png, log.csv, checkpoint.pt and in the end results.json are in settings.out,
+    renewed as it goes. Raises AdiosError for settings or files that do not do.
+    """
+    device, out = pick_device(settings.device), open_out(settings)
+    data = load_data(settings)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdiosError(f"--out {out} cannot be made ({error.strerror}): name another") from error
+    torch.manual_seed(settings.seed)
+    game = Game(settings, *data.statistics(), device)
+    data.to(device)
+    weights, more = (sum(p.numel() for p in network.parameters()) / 1e6
+                     for network in (game.model.encoder, game.occluder))
+    print(f"{settings.dataset}: {len(data.images):,} images of {settings.image_size} px in "
+          f"{len(data.classes)} classes | {settings.ssl}, {settings.masks}, {settings.num_masks} "
+          f"masks | {settings.encoder} with {weights:.2f} M parameters, occluder with {more:.2f} M "
+          f"| {device}, {str(game.dtype)[6:]}")
+    untrained = {f"{name}_untrained": score for name, score in judge(game, data).items()}
+    log, seconds = [], 0.0
+    if settings.resume:
+        log, seconds = load_checkpoint(out / "checkpoint.pt", game)
+    else:
+        save_checkpoint(out / "checkpoint.pt", game, log, seconds)
+    shown = data.test_images[::max(1, len(data.test_images) // 12)][:12]
+    try:
+        for epoch in range(len(log) + 1, settings.epochs + 1):
+            start = time.perf_counter()
+            row = train_epoch(game, data, epoch, announce=not log or settings.resume)
+            due = epoch % max(1, settings.epochs // 4) == 0 or epoch == settings.epochs
+            log.append(row | (judge(game, data) if due else dict.fromkeys(JUDGES)))
+            if due:
+                plot_curves(log, out / "curves.png")
+                plot_masks(shown, paint(game, shown), out / "masks.png")
+            with open(out / "log.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, log[0])
+                writer.writeheader()
+                writer.writerows(log)
+            seconds += time.perf_counter() - start
+            save_checkpoint(out / "checkpoint.pt", game, log, seconds)
+    except KeyboardInterrupt:
+        print(f"\nstopped: {out / 'checkpoint.pt'} holds {len(log)} of {settings.epochs} epochs; "
+              "--resume goes on from there", file=sys.stderr)
+        raise
+    results = {**{name: log[-1][name] for name in JUDGES}, **untrained, "seconds": seconds,
+               "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
+               "settings": asdict(settings)}
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but its complaints are AdiosErrors."""
+
+    def error(self, message):
+        raise AdiosError(f"{message}; --help lists all settings")
+
+
+def parse(argv=None):
+    """The command line as Settings."""
+    parser = Parser("adios", allow_abbrev=False,
+                    description="ADIOS: self-supervised learning with adversarial masks")
+    for f in fields(Settings):
+        default = f.default if f.default is not None else ", ".join(
+            f"{name} {preset[f.name]}" for name, preset in PRESETS.items())
+        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+                dict(type=f.type, metavar="|".join(f.metadata["choices"] or [f.type.__name__])))
+        parser.add_argument(flag(f.name), default=f.default, **kind, help=f.metadata["help"]
+                            + (f" [{default}]" if default not in ("", False) else ""))
+    return Settings(**vars(parser.parse_args(argv)))
+
+
+def show(results):
+    """Print the closing table."""
+    print(f"\n{'':28}  trained  untrained")
+    for name, title in JUDGES.items():
+        if results[name] is not None:
+            form = "9.2f" if name == "object_iou" else "9.1%"
+            print(f"{title:28}{results[name]:{form}}  {results[f'{name}_untrained']:{form}}")
+    print(f"\n{results['seconds']:.0f} s, {results['images_per_second']:.0f} images/s; "
+          f"masks.png, curves.png and the rest are in {results['settings']['out']}")
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code."""
+    try:
+        show(train(parse(argv)))
+    except AdiosError as error:
+        print(f"adios: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,763 @@
+"""Tests of adios.py: `python -m pytest`. They use nothing outside the repository."""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torchvision.transforms import v2
+
+import adios
+from adios import Settings
+
+HERE = Path(__file__).parent
+SMALL = dict(limit=64, epochs=1, batch_size=32, width=8, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch, tmp_path):
+    """Each test from the same random state, in a folder and with a cache of its own."""
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(*arguments, **more):
+    """adios.py as a user starts it."""
+    return subprocess.run([sys.executable, HERE / "adios.py", *arguments], capture_output=True,
+                          text=True, timeout=300, **more)
+
+
+def make_game(**changes):
+    settings = Settings(**{**SMALL, "batch_size": 16, **changes})
+    mean, std = torch.full((1, 3, 1, 1), 0.5), torch.full((1, 3, 1, 1), 0.25)
+    return adios.Game(settings, mean, std, torch.device("cpu"))
+
+
+def make_views(game, count=16):
+    images = adios.load_data(Settings(**SMALL)).images[:count]
+    return [game.normalise(adios.augment(images, game.settings)) for _ in range(2)]
+
+
+def snapshot(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(module, before):
+    return all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+# ---- The objective and the penalty ---------------------------------------------------------------
+
+
+def test_nt_xent_is_the_written_out_sum():
+    z_a, z_b, temperature = torch.randn(5, 7), torch.randn(5, 7), 0.2
+    z, total = torch.cat((z_a, z_b)), 0
+    cosine = [[F.cosine_similarity(p, q, dim=0).item() for q in z] for p in z]
+    for i in range(10):
+        others = sum(math.exp(cosine[i][k] / temperature) for k in range(10) if k != i)
+        total -= math.log(math.exp(cosine[i][(i + 5) % 10] / temperature) / others)
+    assert adios.nt_xent(z_a, z_b, temperature).item() == pytest.approx(total / 10, abs=1e-5)
+
+
+def test_sparsity_penalty_is_its_formula_per_image_and_mask():
+    masks = torch.rand(4, 3, 8, 8).softmax(1)
+    penalty = adios.sparsity_penalty(masks)
+    assert penalty.shape == (4, 3)
+    for b in range(4):
+        for n in range(3):
+            area = masks[b, n].sum().item() / 64
+            assert penalty[b, n].item() == pytest.approx(1 / math.sin(math.pi * area), rel=1e-5)
+
+
+def test_sparsity_penalty_grows_to_both_sides_and_stays_finite():
+    areas = torch.tensor([0.0, 0.01, 0.2, 0.5, 0.8, 0.99, 1.0])
+    penalty = adios.sparsity_penalty(areas[None, :, None, None].expand(1, 7, 4, 4))[0]
+    assert penalty[3].item() == pytest.approx(1)
+    assert (penalty[:3].diff() < 0).all() and (penalty[4:].diff() > 0).all()
+    assert penalty.isfinite().all() and penalty[0] > 100
+
+
+# ---- The models ----------------------------------------------------------------------------------
+
+
+def test_resnet18_is_torchvisions():
+    theirs, ours = torchvision.models.resnet18(), adios.ResNet18(64)
+    for source, target in ((theirs, ours), (ours, theirs)):
+        for p in source.parameters():
+            torch.nn.init.normal_(p, 0.02, 0.05)
+        missing, unexpected = target.load_state_dict(source.state_dict(), strict=False)
+        assert {name.split(".")[0] for name in (*missing, *unexpected)} == {"fc"}
+        theirs.fc = torch.nn.Identity()
+        x = torch.randn(2, 3, 64, 64)
+        for mode in (True, False):
+            torch.testing.assert_close(ours.train(mode)(x), theirs.train(mode)(x))
+        theirs.fc = torch.nn.Linear(512, 1000)
+
+
+def test_small_stem_keeps_the_resolution():
+    small, usual = adios.ResNet18(8, small_stem=True), adios.ResNet18(8)
+    x = torch.randn(2, 3, 32, 32)
+    sizes = []
+    for net in (small, usual):
+        net.layer1.register_forward_hook(lambda _, __, out: sizes.append(out.shape[-1]))
+        assert net(x).shape == (2, 64)
+    assert sizes == [32, 8]
+
+
+@pytest.mark.parametrize("size, stages", [(32, 4), (50, 4), (64, 5), (96, 5), (224, 6)])
+def test_masks_share_out_every_pixel(size, stages):
+    occluder = adios.Occluder(size, 5, 8)
+    masks = occluder(torch.randn(2, 3, size, size))
+    assert masks.shape == (2, 5, size, size) and len(occluder.down) == stages
+    assert masks.min() > 0 and masks.max() < 1
+    torch.testing.assert_close(masks.sum(1), torch.ones(2, size, size))
+
+
+def test_every_part_of_the_occluder_reaches_its_masks():
+    occluder = adios.Occluder(32, 2, 8)
+    occluder(torch.randn(4, 3, 32, 32))[:, 0].square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in occluder.parameters())
+
+
+# ---- The game ------------------------------------------------------------------------------------
+
+
+def test_moves_leave_the_other_player_untouched():
+    game = make_game()
+    view_a, view_b = make_views(game)
+    masks = game.occluder(view_b)
+    hidden = adios.hide_one(masks)
+    model, occluder = snapshot(game.model), snapshot(game.occluder)
+
+    game.inference_move(view_a, view_b, hidden, 0.1)
+    assert same(game.occluder, occluder) and not same(game.model, model)
+    assert all(p.grad is None for p in game.occluder.parameters())
+
+    model = snapshot(game.model)  # the batch-norm statistics among it
+    gradients = [p.grad.clone() for p in game.model.parameters()]
+    game.occlusion_move(view_a, view_b, hidden, masks, 0.1)
+    assert same(game.model, model) and not same(game.occluder, occluder)
+    assert all(torch.equal(p.grad, g) for p, g in zip(game.model.parameters(), gradients))
+    assert all(p.requires_grad for p in game.model.parameters())
+
+
+@pytest.mark.parametrize("scheme", ["adios", "adios-s"])
+def test_a_small_step_of_i_lowers_the_loss_and_one_of_m_raises_it(scheme):
+    game = make_game(masks=scheme, lr=1e-4, occluder_lr=1e-4, sparsity=0, weight_decay=0)
+    view_a, view_b = make_views(game)
+    torch.manual_seed(1)
+    hide = lambda: (torch.manual_seed(1), adios.SCHEMES[scheme](game.occluder(view_b)))[1]  # noqa
+    before = game.loss(view_a, view_b, hide()).item()
+    game.inference_move(view_a, view_b, hide(), 0.1)
+    between = game.loss(view_a, view_b, hide()).item()
+    game.occlusion_move(view_a, view_b, hide(), game.occluder(view_b), 0.1)
+    after = game.loss(view_a, view_b, hide()).item()
+    assert between < before - 1e-4 and after > between + 1e-5
+
+
+def test_m_pays_for_its_masks():
+    """With a large λ the occluder evens its areas out, whatever the loss says."""
+    game = make_game(sparsity=1000, occluder_lr=3e-3)
+    view_a, view_b = make_views(game)
+    with torch.no_grad():
+        game.occluder.paint.bias[0] = 3
+        before = adios.sparsity_penalty(game.occluder(view_b)).mean()
+    for _ in range(10):
+        masks = game.occluder(view_b)
+        game.occlusion_move(view_a, view_b, adios.hide_one(masks), masks, 0.1)
+    assert adios.sparsity_penalty(game.occluder(view_b)).mean() < 0.7 * before
+
+
+def test_view_a_is_encoded_once_per_player():
+    game, calls = make_game(masks="adios", num_masks=3), []
+    game.model.encoder.register_forward_hook(lambda *_: calls.append("encode"))
+    game.occluder.register_forward_hook(lambda *_: calls.append("paint"))
+    game.play(adios.load_data(Settings(**SMALL)).images[:16], 0.1)
+    assert calls == ["paint"] + 2 * (1 + 3) * ["encode"]
+
+
+def test_the_loss_is_the_mean_over_the_masks_of_a_against_masked_b():
+    game = make_game(masks="adios", num_masks=3)
+    view_a, view_b = make_views(game)
+    masks = game.occluder(view_b)
+    parts = [adios.nt_xent(game.model(view_a), game.model(view_b - view_b * masks[:, n:n + 1]),
+                           game.settings.temperature).item() for n in range(3)]
+    assert game.loss(view_a, view_b, masks).item() == pytest.approx(sum(parts) / 3, abs=1e-4)
+
+
+def test_hide_one_deals_each_image_one_of_its_masks():
+    masks = torch.rand(3000, 3, 1, 1)
+    hidden = adios.hide_one(masks)
+    which = (hidden == masks).float()
+    assert hidden.shape == (3000, 1, 1, 1) and (which.sum(1) == 1).all()
+    assert (which.mean((0, 2, 3)) - 1 / 3).abs().max() < 0.04
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    game = make_game(lr=1.0, occluder_lr=0.5)
+    rates = []
+    for progress in (0, 0.05, 0.1, 0.55, 1):
+        game.inference.step(sum(p.sum() for p in game.model.parameters()), progress)
+        rates.append(game.inference.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def test_weight_decay_spares_biases_and_norms():
+    game = make_game(weight_decay=0.3)
+    decay = {p: group["weight_decay"] for group in game.inference.optimizer.param_groups
+             for p in group["params"]}
+    assert len(decay) == len(list(game.model.parameters()))
+    assert all(value == (0.3 if p.ndim > 1 else 0) for p, value in decay.items())
+
+
+@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float16)])
+def test_precision_asks_for_native_bfloat16(monkeypatch, native, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation or native)
+    assert adios.precision(torch.device("cuda")) == dtype
+    assert adios.precision(torch.device("cpu")) == torch.float32
+    assert adios.precision(torch.device("mps")) == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_default_game_is_won_on_a_gpu(monkeypatch, dtype):
+    monkeypatch.setattr(adios, "precision", lambda device: dtype)
+    results = adios.train(Settings(epochs=4, device="cuda"))
+    assert results["knn"] > 0.6 and results["object_iou"] > 0.5
+
+
+# ---- The views, against torchvision --------------------------------------------------------------
+
+
+def photos(count=8, size=32):
+    """Smooth random colours, bytes [n, 3, size, size]."""
+    return F.interpolate(torch.rand(count, 3, 6, 6), size=size, mode="bicubic").mul(255).clamp(
+        0, 255).byte()
+
+
+def test_crop_and_flip_is_torchvisions():
+    images = photos(64, 40).float() / 255
+    boxes, flip = adios.random_boxes(64, 40, 0.08), torch.arange(64) % 2 == 0
+    views = adios.crop_and_flip(images, boxes, flip)
+    for image, view, box, mirrored in zip(images, views, boxes.int().tolist(), flip):
+        theirs = v2.functional.resized_crop(image, *box, [40, 40], antialias=False)
+        theirs = v2.functional.horizontal_flip(theirs) if mirrored else theirs
+        torch.testing.assert_close(view, theirs, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("min_crop", [0.08, 0.3, 0.9, 1.0])
+def test_boxes_are_distributed_as_torchvisions(min_crop):
+    ours = adios.random_boxes(4000, 32, min_crop)
+    image = torch.empty(3, 32, 32)
+    theirs = torch.tensor([torchvision.transforms.RandomResizedCrop.get_params(
+        image, (min_crop, 1), (3 / 4, 4 / 3)) for _ in range(4000)]).float()
+    assert (ours == ours.int()).all()
+    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= 32).all()
+    for column in range(4):  # two-sample Kolmogorov-Smirnov: 0.0428 is p = 0.001
+        grid = torch.arange(33)
+        cdf = [(boxes[:, column, None] <= grid).float().mean(0) for boxes in (ours, theirs)]
+        assert (cdf[0] - cdf[1]).abs().max() < 0.0428
+    together = [torch.corrcoef(boxes.T + 1e-3 * torch.randn(4, 4000)) for boxes in (ours, theirs)]
+    assert (together[0] - together[1]).abs().max() < 0.1
+
+
+def test_colour_jitter_is_torchvisions_in_each_images_own_order():
+    images = photos(64).float() / 255
+    images[0] = 0.5                     # grey: no hue
+    images[1] = torch.eye(3).repeat_interleave(11, 1)[:, :32, None]  # pure colours
+    factors = torch.stack((*(torch.rand(3, 64) * 1.6 + 0.2), torch.rand(64) - 0.5), 1)
+    order = torch.rand(64, 4).argsort(1)
+    order[5] = -1
+    views = adios.colour_jitter(images, factors, order)
+    adjust = (v2.functional.adjust_brightness, v2.functional.adjust_contrast,
+              v2.functional.adjust_saturation, v2.functional.adjust_hue)
+    for i in range(64):
+        theirs = images[i]
+        for which in order[i].tolist():
+            if which >= 0:
+                theirs = adjust[which](theirs, factors[i, which].item())
+        torch.testing.assert_close(views[i], theirs, atol=1e-4, rtol=0)
+
+
+def test_blur_is_torchvisions():
+    images, sigma = photos(6, 96).float() / 255, torch.linspace(0.1, 2, 6)
+    for image, view, s in zip(images, adios.gaussian_blur(images, sigma), sigma.tolist()):
+        theirs = v2.functional.gaussian_blur(image, [9, 9], [s, s])
+        torch.testing.assert_close(view, theirs, atol=1e-5, rtol=0)
+
+
+def test_views_are_drawn_with_the_stated_probabilities(monkeypatch):
+    drawn = {}
+    jitter, crop, blur = adios.colour_jitter, adios.crop_and_flip, adios.gaussian_blur
+    monkeypatch.setattr(adios, "crop_and_flip", lambda images, boxes, flip: drawn.update(
+        flip=flip.float().mean()) or crop(images, boxes, flip))
+    monkeypatch.setattr(adios, "colour_jitter", lambda images, factors, order: drawn.update(
+        factors=factors, order=order) or jitter(images, factors, order))
+    monkeypatch.setattr(adios, "gaussian_blur", lambda images, sigma: drawn.update(
+        sigma=sigma) or blur(images, sigma))
+    views = adios.augment(photos(4000), Settings(jitter=0.5, blur=0.3))
+    assert views.shape == (4000, 3, 32, 32) and 0 <= views.min() and views.max() < 1 + 1e-5
+    grey = (views.amax(1) - views.amin(1)).amax((1, 2)) < 1e-4
+    assert grey.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert drawn["flip"].item() == pytest.approx(0.5, abs=0.04)
+    assert len(drawn["sigma"]) / 4000 == pytest.approx(0.3, abs=0.04)
+    assert drawn["sigma"].min() > 0.1 and drawn["sigma"].max() < 2
+    assert drawn["sigma"].mean().item() == pytest.approx(1.05, abs=0.1)
+    theirs = torchvision.transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    ranges = [theirs.brightness, theirs.contrast, theirs.saturation, theirs.hue]
+    for column, (low, high) in zip(drawn["factors"].T, ranges):
+        assert low <= column.min() < low + 0.01 and high - 0.01 < column.max() <= high
+        assert column.mean().item() == pytest.approx((low + high) / 2, abs=0.02)
+    order = drawn["order"]
+    moved = order[order[:, 0] >= 0]
+    assert len(moved) / 4000 == pytest.approx(0.8, abs=0.03)
+    assert (moved.sort(1).values == torch.arange(4)).all()
+    assert (F.one_hot(moved).float().mean(0) - 0.25).abs().max() < 0.04
+
+
+def test_two_views_of_an_image_differ():
+    images, grey = photos(4), v2.functional.rgb_to_grayscale
+    assert not torch.equal(adios.augment(images, Settings()), adios.augment(images, Settings()))
+    plain = Settings(jitter=0, min_crop=1)
+    torch.manual_seed(3)
+    views = adios.augment(images, plain)  # jitter 0 and whole crops leave flips and greys
+    assert all(min((view - other).abs().max() for other in (
+        image, image.flip(2), grey(image, 3), grey(image.flip(2), 3)))
+               < 1e-5 for view, image in zip(views, images.float() / 255))
+
+
+# ---- The data ------------------------------------------------------------------------------------
+
+
+def test_shapes_are_the_same_everywhere_for_a_seed():
+    data = adios.load_data(Settings(limit=200, seed=3))
+    pixels = b"".join(t.numpy().tobytes() for t in (data.images, data.test_images, data.shuffled))
+    assert hashlib.sha256(pixels).hexdigest()[:16] == "008cd1f8f5d32d10"
+    assert not torch.equal(data.images, adios.load_data(Settings(limit=200, seed=4)).images)
+    assert not torch.equal(data.images, data.test_images[:200])
+
+
+def test_shapes_are_as_described():
+    data = adios.load_data(Settings())
+    assert data.images.shape == (4000, 3, 32, 32) and data.images.dtype == torch.uint8
+    assert data.labels.bincount().tolist() == [400] * 10 == [
+        4 * n for n in data.test_labels.bincount().tolist()]
+    areas = data.test_masks.float().mean((1, 2))
+    assert areas.mean().item() == pytest.approx(1 / 3, abs=0.03)
+    assert (torch.stack([areas[data.test_labels == c].mean() for c in range(10)]) > 0.28).all()
+    # backgrounds: almost flat, grained, their hue that of the class nine times in ten
+    outside = data.test_images.float().masked_fill(data.test_masks[:, None], float("nan"))
+    mean = outside.flatten(2).nanmean(2)
+    spread = (outside - mean[:, :, None, None]).nan_to_num().abs()
+    assert 1 < spread.mean() < 10
+    hue = torch.from_numpy(adios.hsv_to_rgb(np.stack(
+        (np.arange(10) / 10, np.full(10, 0.55), np.full(10, 0.7)), 1))).float() * 255
+    nearest = torch.cdist(mean, hue).argmin(1)
+    telling = (nearest == data.test_labels).float().mean().item()
+    assert telling == pytest.approx(0.91, abs=0.03)
+
+
+def test_shuffled_backgrounds_keep_the_objects():
+    data = adios.load_data(Settings())
+    inside = F.max_pool2d(1 - data.test_masks[:, None].float(), 3, 1, 1) == 0  # off the rim
+    inside = inside.expand(-1, 3, -1, -1)
+    assert (data.test_images == data.shuffled)[inside].float().mean() > 0.998
+    outside = ~F.max_pool2d(data.test_masks[:, None].float(), 3, 1, 1).bool()
+    moved = (data.test_images.float() - data.shuffled.float()).abs() * outside
+    assert (moved.amax((1, 2, 3)) > 20).float().mean() > 0.9
+
+
+def write_stl10(root, count=40):
+    """A small STL10 in the files' own format: column-major images, labels from 1."""
+    folder = root / "stl10_binary"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("train", "test", "unlabeled"):
+        images = rng.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+        images[:, 0, 0, :] = 7  # the first column in the file is the first row of the picture
+        images.tofile(folder / f"{name}_X.bin")
+        (np.arange(count, dtype=np.uint8) % 10 + 1).tofile(folder / f"{name}_y.bin")
+    (folder / "unlabeled_y.bin").unlink()
+    (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
+    (folder / "fold_indices.txt").write_text("0\n")
+
+
+def test_stl10_trains_on_the_unlabelled_and_judges_on_the_labelled(monkeypatch, tmp_path):
+    write_stl10(tmp_path / "d")
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    data = adios.load_data(Settings(dataset="stl10", data_dir="d", batch_size=16))
+    assert data.images.shape == (80, 3, 96, 96) and data.images.dtype == torch.uint8
+    assert (data.images[:, 0, :, 0] == 7).all()
+    assert sorted(data.labels.tolist()) == [-1] * 40 + sorted(list(range(10)) * 4)
+    assert data.test_images.shape == (40, 3, 96, 96) and data.test_labels.min() == 0
+    assert len(data.classes) == 10
+
+    banks = []
+    knn = adios.knn_accuracy
+    monkeypatch.setattr(adios, "knn_accuracy", lambda *a: banks.append(a[1]) or knn(*a))
+    results = adios.train(Settings(dataset="stl10", data_dir="d", out="o", **SMALL | dict(
+        image_size=32, limit=0)))
+    assert banks and all(len(labels) == 40 and labels.min() == 0 for labels in banks)
+    assert results["object_iou"] is None and results["knn_shuffled_background"] is None
+
+
+@pytest.mark.parametrize("name, folder, key", [
+    ("cifar10", "cifar-10-batches-py", "labels"), ("cifar100", "cifar-100-python", "fine_labels")])
+def test_cifar_is_read(monkeypatch, tmp_path, name, folder, key):
+    make = getattr(torchvision.datasets, name.upper())
+    (tmp_path / "d" / folder).mkdir(parents=True)
+    classes = 10 if name == "cifar10" else 100
+    for split in make.train_list + make.test_list:
+        rows = np.arange(20 * 3072).reshape(20, 3072).astype(np.uint8)
+        content = {"data": rows, key: [i % classes for i in range(20)]}
+        (tmp_path / "d" / folder / split[0]).write_bytes(pickle.dumps(content))
+    meta = {make.meta["key"]: [f"class{i}" for i in range(classes)]}
+    (tmp_path / "d" / folder / make.meta["filename"]).write_bytes(pickle.dumps(meta))
+    monkeypatch.setattr(make, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *a: True)
+    data = adios.load_data(Settings(dataset=name, data_dir="d", batch_size=16))
+    assert len(data.images) == 20 * len(make.train_list) and len(data.test_images) == 20
+    assert torch.equal(data.images[1].flatten(), torch.arange(3072, 6144).to(torch.uint8))
+    assert data.labels[:20].tolist() == [i % classes for i in range(20)]
+    assert len(data.classes) == classes
+
+
+def write_folder(root, classes=("cat", "dog"), count=8):
+    for split in ("train", "val"):
+        for c, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((60 + 5 * i, 80, 3), (200, 40 * c, 10 * i), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+
+
+def folder_settings(**changes):
+    return Settings(**SMALL | dict(dataset="folder", data_dir="d", batch_size=8, limit=0) | changes)
+
+
+def test_folder_is_resized_cropped_and_labelled(tmp_path):
+    write_folder(tmp_path / "d")
+    tall = np.zeros((200, 100, 3), np.uint8)
+    tall[50:150] = 255  # the middle square
+    Image.fromarray(tall).save(tmp_path / "d/val/cat/0.png")
+    Image.fromarray(tall[..., 0]).save(tmp_path / "d/val/cat/1.png")  # grey
+    data = adios.load_data(folder_settings())
+    assert data.images.shape == (16, 3, 64, 64) and data.classes == ["cat", "dog"]
+    assert data.labels.tolist() == [0] * 8 + [1] * 8
+    assert [tuple(image[:, 30, 30].tolist()) for image in data.images] == [
+        (200, 40 * c, 10 * i) for c in range(2) for i in range(8)]
+    for image in data.test_images[:2]:
+        assert (image[:, 2:-2] == 255).all()
+
+
+def test_folder_is_cached_until_a_file_changes(monkeypatch, tmp_path):
+    write_folder(tmp_path / "d")
+    first, decoded = adios.load_data(folder_settings()), []
+    to_tensor = adios.TF.pil_to_tensor
+    monkeypatch.setattr(adios.TF, "pil_to_tensor", lambda x: decoded.append(1) or to_tensor(x))
+    assert torch.equal(adios.load_data(folder_settings()).images, first.images) and not decoded
+    Image.new("RGB", (70, 70), (1, 2, 3)).save(tmp_path / "d/train/dog/7.png")
+    second = adios.load_data(folder_settings())
+    assert len(decoded) == 16 and second.images[15, :, 0, 0].tolist() == [1, 2, 3]
+    assert adios.load_data(folder_settings(image_size=32)).images.shape[-1] == 32
+    assert len(list((tmp_path / "cache/adios").iterdir())) == 4  # two splits at two sizes
+    assert torch.equal(adios.load_data(folder_settings()).images, second.images)
+    assert len(decoded) == 16 + 32
+
+
+def test_limit_takes_a_seeded_part_of_all_classes(tmp_path):
+    write_folder(tmp_path / "d")
+    data = adios.load_data(folder_settings(limit=10))
+    assert len(data.images) == len(data.labels) == 10 and set(data.labels.tolist()) == {0, 1}
+    assert all(image[1, 0, 0] == 40 * label for image, label in zip(data.images, data.labels))
+
+
+def test_statistics_are_those_of_the_pixels():
+    data = adios.load_data(Settings(limit=100, batch_size=10))
+    mean, std = data.statistics()
+    pixels = data.images.double().div(255).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.flatten(), pixels.mean(1).float())
+    torch.testing.assert_close(std.flatten(), pixels.std(1).float())
+
+
+# ---- The judges ----------------------------------------------------------------------------------
+
+
+def test_knn_by_hand():
+    """Two training features point to 10° and 30°, class 0; one to 90°, class 1. At 45°, the one
+    near neighbour is of class 0; at 75° it is of class 1, but with k 3 and a mild temperature the
+    two of class 0 outvote it, and with a sharp one they do not."""
+    def at(*degrees):
+        angles = torch.tensor(degrees) * math.pi / 180
+        return 5 * torch.stack((angles.cos(), angles.sin()), 1)
+
+    bank, labels = at(10, 30, 90), torch.tensor([0, 0, 1])
+
+    def knn(degrees, truth, k, temperature):
+        return adios.knn_accuracy(bank, labels, at(degrees), torch.tensor([truth]), k, temperature)
+
+    assert knn(45, 0, 1, 0.07) == 1 and knn(75, 1, 1, 0.07) == 1
+    votes = [math.exp(math.cos(math.radians(75 - x)) / 1) for x in (10, 30, 90)]
+    assert votes[0] + votes[1] > votes[2] and knn(75, 0, 3, 1) == 1
+    votes = [math.exp(math.cos(math.radians(75 - x)) / 0.07) for x in (10, 30, 90)]
+    assert votes[0] + votes[1] < votes[2] and knn(75, 1, 3, 0.07) == 1
+    two = adios.knn_accuracy(bank, labels, at(20, 85, 85, 85), torch.tensor([0, 1, 0, 1]), 20, 0.07)
+    assert two == 0.75
+
+
+def test_knn_refuses_unlabelled_images():
+    with pytest.raises(ValueError, match="unlabelled"):
+        adios.knn_accuracy(torch.eye(2), torch.tensor([0, -1]), torch.eye(2), torch.tensor([0, 1]))
+
+
+def test_object_iou_by_hand():
+    truth = torch.zeros(2, 4, 4, dtype=torch.bool)
+    truth[0, :2] = True              # 8 pixels
+    truth[1, 0, 0] = True            # 1 pixel
+    masks = torch.full((2, 2, 4, 4), 0.5)
+    masks[0, 1] = torch.tensor([0.6, 0.6, 0.6, 0.4])[:, None]  # 12 pixels, 8 of them right
+    masks[1, 0] = torch.tensor([0.6, 0.6, 0.4, 0.4])[:, None]  # 8 pixels, 1 of them right
+    assert adios.object_iou(masks, truth) == pytest.approx((8 / 12 + 1 / 8) / 2)
+
+
+def test_features_are_those_of_whole_images_in_evaluation():
+    game = make_game()
+    images = adios.load_data(Settings(**SMALL)).images
+    before = snapshot(game.model)
+    found = adios.features(game, images)
+    assert same(game.model, before) and game.model.training
+    encoder = game.model.encoder.eval()
+    torch.testing.assert_close(found, encoder((images / 255 - 0.5) / 0.25), atol=1e-5, rtol=1e-4)
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def test_plot_masks_shows_what_it_is_given(tmp_path):
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    images[:, 0] = 255
+    masks = torch.zeros(3, 2, 8, 8)
+    masks[:, 0, :4], masks[:, 1, 4:] = 1, 1
+    figure = adios.plot_masks(images, masks, tmp_path / "m.png")
+    shown = [axis.images[0].get_array() for axis in figure.axes]
+    assert len(shown) == 4 * 3
+    assert (shown[0] == [1, 0, 0]).all()
+    assert (shown[3][:4] == 1).all() and (shown[3][4:] == 0).all() and (shown[6][4:] == 1).all()
+    top, bottom = (np.array(adios.to_rgb(colour)) for colour in adios.COLOURS[:2])
+    assert np.allclose(shown[9][0, 0], 0.35 * np.array([1, 0, 0]) + 0.65 * top, atol=1e-6)
+    assert np.allclose(shown[9][7, 0], 0.35 * np.array([1, 0, 0]) + 0.65 * bottom, atol=1e-6)
+    assert Image.open(tmp_path / "m.png").size[0] > 300
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+def test_a_short_game_is_learned():
+    """The occluder finds objects and the encoder improves in a fortieth of the default run."""
+    results = adios.train(Settings(limit=1280, epochs=2, out="o", device="cpu"))
+    assert results["object_iou"] > results["object_iou_untrained"] + 0.1
+    assert results["settings"]["limit"] == 1280
+
+
+def test_command_line_end_to_end(tmp_path):
+    done = run("--limit", "96", "--epochs", "2", "--batch-size", "32", "--masks", "adios",
+               "--num-masks", "3", "--width", "8", "--out", "o")
+    assert done.returncode == 0, done.stderr
+    assert "96 images of 32 px in 10 classes | simclr, adios, 3 masks" in done.stdout
+    assert "2 epochs will take about" in done.stdout + done.stderr
+    results = json.loads((tmp_path / "o/results.json").read_text())
+    for name in ("knn", "knn_untrained", "knn_shuffled_background", "object_iou",
+                 "object_iou_untrained"):
+        assert 0 <= results[name] <= 1
+    assert f"{results['knn']:.1%}" in done.stdout and f"{results['object_iou']:.2f}" in done.stdout
+    assert results["seconds"] > 0 and results["images_per_second"] > 0
+    assert Settings(**results["settings"]).num_masks == 3
+    with open(tmp_path / "o/log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    for row in rows:
+        assert sum(float(row[f"area_{n}"]) for n in (1, 2, 3)) == pytest.approx(1, abs=1e-4)
+        assert 0 < float(row["gain"]) < float(row["loss"]) + 1
+    assert float(rows[-1]["knn"]) == results["knn"]
+    assert Image.open(tmp_path / "o/masks.png").size[1] > 300
+    assert Image.open(tmp_path / "o/curves.png").size[0] > 600
+
+
+def test_every_setting_is_a_flag_with_help():
+    text = " ".join(run("--help").stdout.split())
+    for name in Settings.__dataclass_fields__:
+        assert f" --{name.replace('_', '-')}" in text
+    assert "images a step [shapes 128, stl10 256" in text
+
+
+def test_presets():
+    stl10 = Settings(dataset="stl10")
+    assert (stl10.image_size, stl10.width, stl10.num_masks, stl10.batch_size, stl10.epochs,
+            stl10.masks) == (96, 64, 6, 256, 100, "adios-s")
+    assert Settings().image_size == 32 and Settings(width=32).width == 32
+    for name, preset in adios.PRESETS.items():
+        assert preset.keys() == adios.SHAPES.keys(), name
+
+
+def weights(folder):
+    state = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+    return [value for part in state["players"] for value in part.values()
+            if isinstance(value, torch.Tensor)], state
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(monkeypatch, capsys):
+    settings = dict(SMALL, epochs=3)
+    whole = adios.train(Settings(**settings, out="whole"))
+    epoch = adios.train_epoch
+
+    def interrupted(game, data, number, announce):
+        if number == 3:
+            raise KeyboardInterrupt
+        return epoch(game, data, number, announce)
+
+    monkeypatch.setattr(adios, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adios.train(Settings(**settings, out="parts"))
+    assert "holds 2 of 3 epochs" in capsys.readouterr().err
+    monkeypatch.setattr(adios, "train_epoch", epoch)
+    parts = adios.train(Settings(**settings, out="parts", resume=True))
+    for name in ("knn", "knn_shuffled_background", "object_iou", "knn_untrained"):
+        assert parts[name] == whole[name]
+    ours, theirs = weights("whole")[0], weights("parts")[0]
+    assert ours and all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    for a, b in zip(weights("whole")[1]["log"], weights("parts")[1]["log"]):
+        assert {**a, "images_per_second": 0} == {**b, "images_per_second": 0}
+
+
+@pytest.mark.parametrize("moment", ["o/log.csv", "o/checkpoint.part"])
+def test_ctrl_c_leaves_a_checkpoint(tmp_path, moment):
+    """Also while one is being written."""
+    child = subprocess.Popen([sys.executable, HERE / "adios.py", "--out", "o", "--limit", "512"],
+                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (tmp_path / moment).exists() or not (tmp_path / "o/log.csv").exists():
+        assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    error = child.communicate(timeout=60)[1]
+    assert child.returncode == 130 and "--resume goes on" in error and "Traceback" not in error
+    assert weights("o")[0]
+
+
+# ---- What users get wrong ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function: this command line is refused by one line that says so, and nothing is written."""
+    def check(*arguments, says):
+        def files():
+            return {path: path.stat().st_mtime_ns for path in Path().rglob("*")
+                    if path.parts[0] != "cache"}
+        before = files()
+        capsys.readouterr()
+        assert adios.main(list(arguments)) == 2
+        line, = capsys.readouterr().err.splitlines()
+        assert line.startswith("adios: error: ") and says in line
+        assert files() == before
+    return check
+
+
+def test_an_error_is_one_line_and_exit_code_2():
+    done = run("--epochs", "0")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "adios: error: --epochs 0: give a value from 1 to 1e+06\n"
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--dataset", "mnist"], "choose from shapes, stl10"),
+    (["--masks", "random"], "choose from"),
+    (["--ssl", "moco"], "choose from"),
+    (["--encoder", "resnet19"], "choose from"),
+    (["--colour", "red"], "unrecognized arguments: --colour red"),
+    (["--epochs", "many"], "invalid int value: 'many'"),
+    (["--num-masks", "1"], "from 2 to"),
+    (["--image-size", "31"], "from 32 to"),
+    (["--lr", "nan"], "give a value from"),
+    (["--epochs", "0"], "from 1 to"),
+    (["--batch-size", "64", "--limit", "63"], "63 training images"),
+    (["--occluder-width", "12"], "multiple of 8"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
+    (["--resume"], "there is no runs"),
+    (["--resume", "--overwrite"], "drop one"),
+])
+def test_bad_arguments(refused, arguments, says):
+    refused(*arguments, says=says)
+
+
+def test_settings_refuse_wrong_types():
+    for wrong in (dict(epochs=1.5), dict(epochs="3"), dict(lr=True), dict(out=None)):
+        with pytest.raises(ValueError):
+            Settings(**wrong)
+    assert isinstance(Settings(lr=1).lr, float)
+
+
+def test_bad_folders(refused, tmp_path):
+    args = ("--dataset", "folder", "--data-dir", "d", "--batch-size", "8")
+    (tmp_path / "d").mkdir()
+    refused(*args, says="train")
+    write_folder(tmp_path / "d")
+    (tmp_path / "d/train/cat/3.png").write_bytes(b"not a picture")
+    refused(*args, says=str(Path("train/cat/3.png")))
+    picture = (tmp_path / "d/train/dog/3.png").read_bytes()
+    (tmp_path / "d/train/cat/3.png").write_bytes(picture[:len(picture) // 2])
+    refused(*args, says=str(Path("train/cat/3.png")))
+    (tmp_path / "d/train/cat/3.png").write_bytes(picture)
+    (tmp_path / "d/val/cat").rename(tmp_path / "d/val/cow")
+    refused(*args, says="cat, cow")
+    for path in (tmp_path / "d/val/cow").iterdir():
+        path.unlink()
+    refused(*args, says="cow")
+
+
+def test_runs_are_not_overwritten_and_odd_checkpoints_not_resumed(refused, tmp_path):
+    arguments = ("--limit", "64", "--epochs", "1", "--batch-size", "32", "--width", "8",
+                 "--out", "o")
+    assert adios.main(list(arguments)) == 0
+    content = {path: path.read_bytes() for path in (tmp_path / "o").iterdir()}
+    refused(*arguments, says="--overwrite")
+    refused(*arguments, "--resume", "--seed", "1", says="give --seed 0")
+    (tmp_path / "o/checkpoint.pt").write_bytes(content[tmp_path / "o/checkpoint.pt"][:5000])
+    refused(*arguments, "--resume", says="damaged")
+    (tmp_path / "o/checkpoint.pt").write_bytes(pickle.dumps(os.getcwd))
+    refused(*arguments, "--resume", says="damaged")
+    for path, value in content.items():
+        assert path.name == "checkpoint.pt" or path.read_bytes() == value
+    assert adios.main([*arguments, "--overwrite"]) == 0
+    (tmp_path / "file").write_text("")
+    refused(*arguments[:-1], "file/o", says="--out file/o")
+
+
+# ---- The notebook --------------------------------------------------------------------------------
+
+
+def test_the_notebook_runs():
+    """From a clean kernel, with the cell tagged `settings` made small."""
+    book = nbformat.read(HERE / "notebook.ipynb", as_version=4)
+    cell, = (c for c in book.cells if "settings" in c.metadata.get("tags", []))
+    cell.source += "\nsettings = Settings(limit=64, epochs=1, batch_size=32, out='o', device='cpu')"
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(HERE)}},
+                            kernel_name="python3").execute()
+    figures = [output for c in book.cells for output in c.get("outputs", [])
+               if "image/png" in output.get("data", {})]
+    assert len(figures) >= 4
