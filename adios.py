@@ -26,6 +26,7 @@ the game, the judges, the pictures, training, the command line.
 
 import argparse
 import contextlib
+import copy
 import csv
 import hashlib
 import json
@@ -40,6 +41,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -61,7 +63,10 @@ CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_ma
 STL10 = CIFAR | dict(image_size=96, small_stem=False, num_masks=6, blur=0.5)
 FOLDER = STL10 | dict(image_size=64, width=24, occluder_width=8, num_masks=4, epochs=20,
                       batch_size=128)
-PRESETS = dict(shapes=SHAPES, stl10=STL10, cifar10=CIFAR, cifar100=CIFAR, folder=FOLDER)
+PRESETS = dict(shapes=SHAPES, stl10=STL10, cifar10=CIFAR, cifar100=CIFAR,
+               flowers102=STL10 | dict(batch_size=128), folder=FOLDER)
+TAMER = dict(vit_tiny=dict(lr=5e-4))  # a transformer does not bear a ResNet's rate
+LEARNED = ("adios", "adios-s")  # the masks that the occluder paints; the others need none
 
 
 class AdiosError(ValueError):
@@ -81,11 +86,14 @@ class Settings:
     data_dir: str = option("where data sets are or are downloaded to; for `folder` the one with "
                            "train/<class>/ and val/<class>/ in it", "data")
     image_size: int = option("pixels a side", low=32, high=1024)
-    ssl: str = option("siamese objective", "simclr", ("simclr",))
-    masks: str = option("what is hidden: each of the N learned masks in turn (adios) or one of "
-                        "them per image (adios-s)", "adios-s", ("adios", "adios-s"))
+    ssl: str = option("siamese objective", "simclr", ("simclr", "byol", "simsiam"))
+    masks: str = option("what is hidden: nothing, random patches (mae) or blocks (beit), the true "
+                        "object or its background, another image's, each of the N learned masks in "
+                        "turn (adios) or one of them per image (adios-s)", "adios-s",
+                        ("none", "mae", "beit", "object", "object-shuffled", "adios", "adios-s"))
     num_masks: int = option("N, the masks that the occluder paints", low=2, high=64)
-    encoder: str = option("what is trained to represent images", "resnet18", ("resnet18",))
+    encoder: str = option("what is trained to represent images", "resnet18",
+                         ("resnet18", "resnet50", "vit_tiny"))
     width: int = option("channels of resnet18's first stage", low=1, high=1024)
     small_stem: bool = option("3×3 stem without pooling, for small images")
     occluder_width: int = option("channels c of the occluder's first stage, a multiple of 8",
@@ -105,6 +113,8 @@ class Settings:
     seed: int = option("of data, weights, order and crops", 0, low=0, high=2**31)
     device: str = option("cpu, cuda, cuda:1, mps or auto, the fastest there is", "auto")
     out: str = option("folder for results (default: runs/<dataset>-<ssl>-<masks>)", "")
+    evaluate: str = option("judge the encoder of this checkpoint, with --dataset on other data", "")
+    finetune: bool = option("with --evaluate: fine-tune the encoder too", False)
     resume: bool = option("go on from the checkpoint in --out", False)
     overwrite: bool = option("replace the run in --out", False)
 
@@ -112,7 +122,7 @@ class Settings:
         for f in fields(self):
             value, limits = getattr(self, f.name), f.metadata
             if value is None and self.dataset in PRESETS:
-                value = PRESETS[self.dataset].get(f.name)
+                value = (PRESETS[self.dataset] | TAMER.get(self.encoder, {})).get(f.name)
             if f.type is float and type(value) is int:
                 value = float(value)
             if type(value) is not f.type:
@@ -126,6 +136,8 @@ class Settings:
             setattr(self, f.name, value)
         if self.occluder_width % 8:
             raise AdiosError(f"--occluder-width {self.occluder_width}: give a multiple of 8")
+        if self.masks.startswith("object") and self.dataset != "shapes" and not self.evaluate:
+            raise AdiosError(f"--masks {self.masks}: only shapes knows its objects' true masks")
         if self.resume and self.overwrite:
             raise AdiosError("--resume and --overwrite exclude each other: drop one of them")
         self.out = self.out or f"runs/{self.dataset}-{self.ssl}-{self.masks}"
@@ -151,8 +163,10 @@ class Data:
     test_images: Tensor
     test_labels: Tensor
     classes: list                      # their names
+    masks: Tensor | None = None        # the objects in the training images
     test_masks: Tensor | None = None
-    shuffled: Tensor | None = None     # the test objects, each before another's background
+    # test images of the Backgrounds Challenge (arXiv 2006.09994) and their labels, by its names
+    backgrounds: dict = field(default_factory=dict)
 
     def statistics(self):
         """Mean and standard deviation of the channels, [1, 3, 1, 1] each, of values in [0, 1]."""
@@ -234,10 +248,14 @@ def load_shapes(settings):
     """4,000 images to train on (or `limit`) and 1,000 to test."""
     size, seed = settings.image_size, 2 * settings.seed
     labels, *train = draw_shapes(settings.limit or 4000, size, seed)
-    test_labels, objects, coverage, backgrounds = draw_shapes(1000, size, seed + 1)
+    truth, objects, coverage, grounds = draw_shapes(1000, size, seed + 1)
     deal = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
-    return Data(compose(*train), labels, compose(objects, coverage, backgrounds), test_labels,
-                list(INSIDE), coverage[:, 0] >= 0.5, compose(objects, coverage, backgrounds[deal]))
+    challenge = {"original": grounds, "mixed_same": grounds.roll(len(INSIDE), 0),
+                 "mixed_rand": grounds[deal], "only_fg": torch.zeros_like(grounds)}
+    challenge = {name: (compose(objects, coverage, ground), truth)
+                 for name, ground in challenge.items()} | {"only_bg_t": (grounds, truth)}
+    return Data(compose(*train), labels, *challenge["original"], list(INSIDE),
+                train[1][:, 0] >= 0.5, coverage[:, 0] >= 0.5, challenge)
 
 
 def load_files(settings):
@@ -247,31 +265,44 @@ def load_files(settings):
                                                   download=True),
             "cifar10": lambda train: datasets.CIFAR10(root, train, download=True),
             "cifar100": lambda train: datasets.CIFAR100(root, train, download=True),
+            "flowers102": lambda train: datasets.Flowers102(root, "train" if train else "test",
+                                                            download=True),
             "folder": lambda train: datasets.ImageFolder(root / ("train" if train else "val"))}
-    parts, classes = [], []
-    for train in (True, False):
+
+    def read(make_split, *arguments):
         try:
-            split = make[settings.dataset](train)
+            split = make_split(*arguments)
         except (OSError, RuntimeError) as error:
             need = ("it must hold train/<class>/ and val/<class>/ with images in them"
                     if settings.dataset == "folder" else
                     "mend the network, or put the data set's own files there, whole")
             raise AdiosError(f"--data-dir {root}: {one_line(error)}; {need}") from error
-        if settings.dataset == "folder":
-            images = decode([Path(path) for path, _ in split.samples], size)
+        if isinstance(split, (datasets.ImageFolder, datasets.Flowers102)):
+            files = (split.samples if isinstance(split, datasets.ImageFolder) else
+                     list(zip(split._image_files, split._labels)))
+            images, labels = decode([Path(path) for path, _ in files], size), [n for _, n in files]
         else:
             images = torch.from_numpy(split.data)
             images = images if images.shape[1] == 3 else images.permute(0, 3, 1, 2).contiguous()
             if images.shape[2] != size:
                 images = torch.cat([TF.resize(part, [size, size]) for part in images.split(1000)])
-        labels = split.labels if settings.dataset == "stl10" else split.targets
-        parts += [images, torch.as_tensor(labels).long()]
-        classes.append(split.classes)
-    if classes[0] != classes[1]:
-        odd = ", ".join(sorted(set(classes[0]) ^ set(classes[1])))
+            labels = split.labels if settings.dataset == "stl10" else split.targets
+        return images, torch.as_tensor(labels).long(), split.classes
+
+    *train, classes = read(make[settings.dataset], True)
+    *test, others = read(make[settings.dataset], False)
+    if classes != others:
+        odd = ", ".join(sorted(set(classes) ^ set(others)))
         raise AdiosError(f"--data-dir {root}: only one of train and val has the classes {odd}; "
                          "give both the same")
-    return Data(*parts, classes[0])
+    data = Data(*train, *test, classes)
+    if settings.dataset == "folder":
+        for name in ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg",
+                     "only_bg_b", "only_bg_t"):
+            for folder in (root / name / "val", root / name):  # as the Challenge's archive has it
+                if folder.is_dir() and name not in data.backgrounds:
+                    data.backgrounds[name] = read(datasets.ImageFolder, folder)[:2]
+    return data
 
 
 def decode(paths, size):
@@ -321,7 +352,7 @@ def load_data(settings):
         rng = torch.Generator().manual_seed(settings.seed)
         keep = torch.randperm(len(data.images), generator=rng)[:settings.limit].sort().values
         data.images, data.labels = data.images[keep], data.labels[keep]
-    if settings.batch_size > len(data.images):
+    if settings.batch_size > len(data.images) and not settings.evaluate:
         raise AdiosError(f"--batch-size {settings.batch_size}: there are {len(data.images)} "
                          "training images; make the batch smaller")
     return data
@@ -418,7 +449,8 @@ def gaussian_blur(images, sigma):
 
 
 def augment(images, settings):
-    """One random view of each image: uint8 [B, 3, H, H] to float32 [B, 3, H, H] in [0, 1].
+    """One random view of each image: uint8 [B, C, H, H] to float32 [B, C, H, H] in [0, 1]. The
+    first three channels are colours; others, such as masks, are cropped and flipped with them.
 
     Random resized crop, flip (p 0.5), colour jitter (p 0.8), grey (p 0.2) and Gaussian blur
     (p settings.blur, sigma 0.1 to 2 pixels), drawn from torch's global CPU generator.
@@ -426,6 +458,7 @@ def augment(images, settings):
     count, size, device = len(images), images.shape[-1], images.device
     boxes = random_boxes(count, size, settings.min_crop)
     views = crop_and_flip(images.float() / 255, boxes, torch.rand(count) < 0.5)
+    views, others = views[:, :3], views[:, 3:]
     factors = settings.jitter * torch.tensor((0.8, 0.8, 0.8, 0.2)) * uniform(-1, 1, count, 4)
     order = torch.rand(count, 4).argsort(1)
     order[torch.rand(count) >= 0.8] = -1
@@ -435,12 +468,12 @@ def augment(images, settings):
     rows = (torch.rand(count) < settings.blur).nonzero()[:, 0].to(device)
     if len(rows):
         views[rows] = gaussian_blur(views[rows], uniform(0.1, 2, len(rows)))
-    return views
+    return torch.cat((views, others), 1)
 
 
 # ---- The encoder ---------------------------------------------------------------------------------
 # ResNet-18 (arXiv 1512.03385) as in torchvision, under the same parameter names, so that weights
-# load both ways. `width` thins it for small runs.
+# load both ways; `width` thins it for small runs. The larger encoders are torchvision's own.
 
 
 class BasicBlock(nn.Module):
@@ -469,7 +502,6 @@ class ResNet18(nn.Module):
 
     def __init__(self, width=64, small_stem=False):
         super().__init__()
-        self.features = 8 * width
         self.conv1 = nn.Conv2d(3, width, *((3, 1, 1) if small_stem else (7, 2, 3)), bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
@@ -484,6 +516,27 @@ class ResNet18(nn.Module):
     def forward(self, x):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
+
+
+def make_encoder(settings):
+    """The encoder of the settings, images [B, 3, H, H] to features [B, D], and D."""
+    size = settings.image_size
+    if settings.encoder == "resnet18":
+        return ResNet18(settings.width, settings.small_stem), 8 * settings.width
+    if settings.encoder == "resnet50":
+        encoder = torchvision.models.resnet50()
+        if settings.small_stem:
+            encoder.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+            encoder.maxpool = nn.Identity()
+        encoder.fc = nn.Identity()
+        return encoder, 2048
+    patch = max(p for p in range(1, 17) if size % p == 0 and size // p >= 8)
+    if patch < 3:
+        raise AdiosError(f"--image-size {size}: vit_tiny needs a size that is divisible by a patch "
+                         "of 3 to 16 pixels with 8 patches or more a side, such as 32, 64 or 96")
+    encoder = torchvision.models.VisionTransformer(size, patch, 12, 3, 192, 4 * 192)
+    encoder.heads = nn.Identity()
+    return encoder, 192
 
 
 # ---- The occluder --------------------------------------------------------------------------------
@@ -537,8 +590,10 @@ def sparsity_penalty(masks):
     return 1 / torch.sin(math.pi * area)
 
 
-# ---- The objective -------------------------------------------------------------------------------
-# What both players play over. A siamese objective compares the embeddings of two views.
+# ---- The objectives ------------------------------------------------------------------------------
+# What both players play over: how far two views are apart. Each view is a pair of embeddings, the
+# prediction p and the target z. SimCLR knows no predictor (p = z) but keeps all other images off;
+# BYOL and SimSiam predict, and let no gradient through the target.
 
 
 def nt_xent(z_a, z_b, temperature):
@@ -555,37 +610,129 @@ def nt_xent(z_a, z_b, temperature):
     return F.cross_entropy(similarity, other)
 
 
+def byol_loss(p, z):
+    """BYOL (arXiv 2006.07733, equation 2): mean of 2 − 2 cos(p, z), in [0, 4], over predictions and
+    targets [B, D] of any length; no gradient goes to z."""
+    return (2 - 2 * F.cosine_similarity(p.float(), z.detach().float())).mean()
+
+
+def simsiam_loss(p, z):
+    """SimSiam (arXiv 2011.10566, equation 1): mean of −cos(p, z), in [−1, 1], over predictions and
+    targets [B, D] of any length; no gradient goes to z."""
+    return -F.cosine_similarity(p.float(), z.detach().float()).mean()
+
+
+# From two views' (p, z) to a scalar, and which of the views A (0) and B (1) are masked in turn.
+OBJECTIVES = {
+    "simclr": (lambda a, b, settings: nt_xent(a[1], b[1], settings.temperature), (1,)),
+    "byol": (lambda a, b, _: byol_loss(a[0], b[1]) + byol_loss(b[0], a[1]), (1,)),
+    "simsiam": (lambda a, b, _: (simsiam_loss(a[0], b[1]) + simsiam_loss(b[0], a[1])) / 2, (0, 1)),
+}
+
+
+def mlp(*sizes, norm=True):
+    """Linear layers of these sizes, with batch-norm (unless not `norm`) and ReLU between them."""
+    layers = []
+    for inner, outer in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(inner, outer), *([nn.BatchNorm1d(outer)] if norm else []), nn.ReLU()]
+    return nn.Sequential(*layers[:-2 if norm else -1])
+
+
 class Siamese(nn.Module):
-    """The inference model I: views [B, 3, H, W] to embeddings [B, 128] through the encoder, whose
-    features [B, D] are what is kept, and a projector, which is not."""
+    """The inference model I: views [B, 3, H, H] to (p, z), [B, D] each. The encoder's features are
+    what is kept; the heads, as wide as the paper's or in proportion to thin encoders, are not."""
 
     def __init__(self, settings):
         super().__init__()
-        self.encoder = ResNet18(settings.width, settings.small_stem)
-        width = self.encoder.features
-        self.projector = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(),
-                                       nn.Linear(4 * width, 128))
+        self.encoder, width = make_encoder(settings)
+        hidden = min(4 * width, 2048)
+        self.predictor = self.target = None
+        if settings.ssl == "simclr":
+            self.projector = mlp(width, hidden, 128, norm=False)
+        elif settings.ssl == "byol":
+            self.projector = mlp(width, 2 * hidden, 256)
+            self.predictor = mlp(256, 4 * hidden, 256)
+            self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector))
+            self.target.requires_grad_(False)
+        else:
+            self.projector = nn.Sequential(mlp(width, hidden, hidden, hidden),
+                                           nn.BatchNorm1d(hidden, affine=False))
+            self.predictor = mlp(hidden, hidden // 4, hidden)
 
     def forward(self, views):
-        return self.projector(self.encoder(views))
+        z = self.projector(self.encoder(views))
+        p = self.predictor(z) if self.predictor else z
+        return p, self.target(views) if self.target else z
+
+    @torch.no_grad()
+    def follow(self, progress):
+        """Move BYOL's target towards encoder and projector, ever more slowly: its momentum rises
+        from 0.99 to 1 on a cosine of progress, 0 to 1."""
+        if self.target:
+            rate = 0.01 * (1 + math.cos(math.pi * progress)) / 2
+            for slow, fast in zip(self.target.parameters(), (*self.encoder.parameters(),
+                                                             *self.projector.parameters())):
+                slow.lerp_(fast, rate)
 
 
 # ---- Masking schemes -----------------------------------------------------------------------------
-# From the N masks that the occluder painted [B, N, H, W], the K that are hidden in turn.
+# What is hidden of a view [B, 3, H, H]: K masks an image, [B, K, H, H] in [0, 1], in turn. A scheme
+# is given the view, the occluder's N masks (or None) and the true mask of the object [B, 1, H, H].
 
 
-def hide_all(masks):
-    """ADIOS: each of the N masks in turn: [B, N, H, W]."""
-    return masks
+def hide_nothing(view, painted, truth):
+    """No mask: the plain SSL method."""
+    return torch.zeros_like(view[:, :1])
 
 
-def hide_one(masks):
-    """ADIOS-s: one of the N masks, drawn at random per image: [B, 1, H, W]."""
-    drawn = torch.randint(masks.shape[1], (len(masks),)).to(masks.device)
-    return masks.take_along_dim(drawn[:, None, None, None], 1)
+def hide_patches(view, painted, truth):
+    """MAE (arXiv 2111.06377): 48 of 8 × 8 patches, 75 %, at random."""
+    rank = torch.rand(len(view), 64).argsort(1).argsort(1)
+    patches = (rank < 48).float().view(-1, 1, 8, 8).to(view.device)
+    return F.interpolate(patches, view.shape[2:])
 
 
-SCHEMES = {"adios": hide_all, "adios-s": hide_one}
+def hide_blocks(view, painted, truth):
+    """BEiT (arXiv 2106.08254, algorithm 1): rectangles, log aspect ratio uniform in ± log 0.3, the
+    area uniform from 8 % of the image (16 of 196 patches) to what is missing of 30 %."""
+    count, size = len(view), view.shape[-1]
+    hidden, line = torch.zeros(count, size, size, dtype=torch.bool), torch.arange(size)
+    for _ in range(12):
+        missing = (0.3 * size**2 - hidden.sum((1, 2))).clamp_min(0)
+        least = missing.clamp_max(0.08 * size**2)
+        area = least + (missing - least) * torch.rand(count)
+        ratio = uniform(math.log(0.3), -math.log(0.3), count).exp()
+        shape = torch.stack((area * ratio, area / ratio), 1).sqrt().floor().clamp_max(size)
+        first = (torch.rand(count, 2) * (size - shape + 1)).floor()
+        rows, columns = ((line >= a[:, None]) & (line < (a + b)[:, None])
+                         for a, b in zip(first.T, shape.T))
+        hidden |= rows[:, :, None] & columns[:, None, :]
+    return hidden[:, None].to(view.device).float()
+
+
+def hide_object(view, painted, truth):
+    """The true object or else all around it, drawn per image as in ADIOS-s."""
+    return hide_one(view, torch.cat((truth, 1 - truth), 1), truth)
+
+
+def hide_other_object(view, painted, truth):
+    """The same with another image's object."""
+    return hide_object(view, painted, truth.roll(1, 0))
+
+
+def hide_all(view, painted, truth):
+    """ADIOS: each of the N masks."""
+    return painted
+
+
+def hide_one(view, painted, truth):
+    """ADIOS-s: one of the N masks, drawn per image (paper, section 3.4)."""
+    drawn = torch.randint(painted.shape[1], (len(painted),)).to(painted.device)
+    return painted.take_along_dim(drawn[:, None, None, None], 1)
+
+
+SCHEMES = {"none": hide_nothing, "mae": hide_patches, "beit": hide_blocks, "object": hide_object,
+           "object-shuffled": hide_other_object, "adios": hide_all, "adios-s": hide_one}
 
 
 # ---- The game ------------------------------------------------------------------------------------
@@ -596,8 +743,8 @@ class Player:
 
     def __init__(self, network, lr, settings, dtype):
         self.network, self.lr = network, lr
-        weights = [p for p in network.parameters() if p.ndim > 1]
-        others = [p for p in network.parameters() if p.ndim <= 1]
+        trained = [p for p in network.parameters() if p.requires_grad]
+        weights, others = ([p for p in trained if (p.ndim > 1) == wide] for wide in (True, False))
         self.optimizer = torch.optim.AdamW([
             {"params": weights, "weight_decay": settings.weight_decay},
             {"params": others, "weight_decay": 0.0}])
@@ -641,7 +788,7 @@ class Game:
     def __init__(self, settings, mean, std, device):
         self.settings, self.device = settings, device
         self.mean, self.std = mean.to(device), std.to(device)
-        self.dtype = precision(device)
+        self.dtype, self.learned = precision(device), settings.masks in LEARNED
         self.model = Siamese(settings).to(device, memory_format=torch.channels_last)
         self.occluder = Occluder(settings.image_size, settings.num_masks, settings.occluder_width
                                  ).to(device, memory_format=torch.channels_last)
@@ -662,40 +809,56 @@ class Game:
         return (contextlib.nullcontext() if self.dtype == torch.float32 else
                 torch.autocast(self.device.type, self.dtype))
 
-    def loss(self, view_a, view_b, masks):
-        """L: how far view A [B, 3, H, W] and view B behind each of the masks [B, K, H, W] are
-        apart; the mean over the K. View A is encoded once."""
+    def paint(self, view):
+        """The occluder's masks [B, N, H, H] on a view, None where the scheme needs none."""
         with self.autocast():
-            z_a = self.model(view_a)
-            z_b = [self.model(view_b * (1 - mask[:, None])) for mask in masks.unbind(1)]
-        return sum(nt_xent(z_a, z, self.settings.temperature) for z in z_b) / len(z_b)
+            return self.occluder(view) if self.learned else None
 
-    def inference_move(self, view_a, view_b, hidden, progress):
+    def loss(self, views, hidden):
+        """L, a scalar: how far one of the views A and B, [B, 3, H, H] each, is from the other
+        behind its masks, the mean over them. `hidden` has masks [B, K, H, H] for each view that
+        the objective masks. A whole view is encoded once, however many masks there are."""
+        compare, masked = OBJECTIVES[self.settings.ssl]
+        losses = []
+        for masks, which in zip(hidden, masked):
+            with self.autocast():
+                whole = self.model(views[1 - which])
+                behind = [self.model(views[which] * (1 - mask)) for mask in masks.split(1, 1)]
+            losses += [compare(whole, other, self.settings) for other in behind]
+        return torch.stack(losses).mean()
+
+    def inference_move(self, views, hidden, progress):
         """I descends on the loss, the masks given. Returns the loss, a scalar."""
-        loss = self.loss(view_a, view_b, hidden.detach())
+        loss = self.loss(views, [masks.detach() for masks in hidden])
         self.inference.step(loss, progress)
+        self.model.follow(progress)
         return loss.detach()
 
-    def occlusion_move(self, view_a, view_b, hidden, masks, progress):
+    def occlusion_move(self, views, hidden, painted, progress):
         """M ascends on the same loss less the price of its masks, I held still. Returns L − λp."""
         with frozen(self.model):
-            gain = self.loss(view_a, view_b, hidden)
-        gain = gain - self.settings.sparsity * sparsity_penalty(masks).mean()
+            gain = self.loss(views, hidden)
+        gain = gain - self.settings.sparsity * sparsity_penalty(torch.cat(painted)).mean()
         self.occlusion.step(-gain, progress)
         return gain.detach()
 
     def play(self, images, progress):
-        """Both moves on a batch of uint8 images [B, 3, H, W] at `progress` (0 to 1) of the run.
-        Returns [2 + N], on the device: I's loss, M's gain, the mean area of each mask."""
-        view_a = self.normalise(augment(images, self.settings))
-        view_b = self.normalise(augment(images, self.settings))
-        with self.autocast():
-            masks = self.occluder(view_b)             # [B, N, H, W]
-        hidden = SCHEMES[self.settings.masks](masks)  # [B, K, H, W]
-        loss = self.inference_move(view_a, view_b, hidden, progress)
-        # M has not moved since it painted: its masks are good for its own move as well
-        gain = self.occlusion_move(view_a, view_b, hidden, masks, progress)
-        return torch.cat((torch.stack((loss, gain)), masks.detach().mean((0, 2, 3))))
+        """Both moves on a batch of uint8 images [B, C, H, H] (true masks may be the fourth channel)
+        at `progress` (0 to 1) of the run. Returns, on the device: I's loss, M's gain (NaN where no
+        masks are learned) and the mean area of each mask."""
+        views = [augment(images, self.settings) for _ in "AB"]
+        truths = [view[:, 3:] for view in views]
+        views = [self.normalise(view[:, :3]) for view in views]
+        _, masked = OBJECTIVES[self.settings.ssl]
+        painted = [self.paint(views[which]) for which in masked]
+        hidden = [SCHEMES[self.settings.masks](views[which], masks, truths[which])
+                  for which, masks in zip(masked, painted)]
+        loss = self.inference_move(views, hidden, progress)
+        # M has not moved since it painted, so its masks still serve
+        gain = (self.occlusion_move(views, hidden, painted, progress) if self.learned else
+                torch.full_like(loss, math.nan))
+        areas = torch.cat(painted if self.learned else hidden).detach().mean((0, 2, 3))
+        return torch.cat((torch.stack((loss, gain)), areas))
 
 
 def precision(device):
@@ -707,26 +870,47 @@ def precision(device):
 
 
 # ---- The judges ----------------------------------------------------------------------------------
-# They see frozen features of whole images, and masks; nothing is trained.
+# They see frozen features of whole images, and masks. The first few judge during training.
 
 
 @torch.no_grad()
 def features(game, images):
-    """The encoder's features [n, D], float32, of uint8 images [n, 3, H, W]."""
-    encoder = game.model.encoder.eval()
+    """The encoder's features [n, D], float32, of uint8 images [n, 3, H, H]."""
+    game.model.eval()
     with game.autocast():
-        parts = [encoder(game.normalise(part.to(game.device).float() / 255)).float()
+        parts = [game.model.encoder(game.normalise(part.to(game.device).float() / 255)).float()
                  for part in images.split(512)]
     game.model.train()
     return torch.cat(parts)
 
 
 @torch.no_grad()
-def paint(game, images):
-    """The occluder's masks [n, N, H, W] on uint8 images [n, 3, H, W]."""
-    with game.autocast():
-        return torch.cat([game.occluder(game.normalise(part.to(game.device).float() / 255))
-                          for part in images.split(512)])
+def paint(game, images, truth=None):
+    """What is hidden of uint8 images [n, 3, H, H]: the occluder's masks [n, N, H, H] or, where none
+    are learned, those of the scheme [n, 1, H, H]; truth is the true masks, bool [n, H, H]."""
+    views = [game.normalise(part.to(game.device).float() / 255) for part in images.split(512)]
+    if game.learned:
+        return torch.cat([game.paint(view) for view in views])
+    truth = None if truth is None else truth[:, None].to(game.device).float()
+    return SCHEMES[game.settings.masks](torch.cat(views), None, truth)
+
+
+def top(scores, labels, k=1):
+    """The share, 0 to 1, of the rows of scores [n, C] whose label [n] is among the k highest."""
+    return (scores.topk(k).indices == labels[:, None]).any(1).float().mean().item()
+
+
+def knn_votes(train_features, train_labels, test_features, k, temperature):
+    """What `knn_accuracy` counts: votes [m, C] for the C classes."""
+    if (train_labels < 0).any():
+        raise ValueError("unlabelled images (label -1) among the k-NN's training features")
+    bank, votes = F.normalize(train_features), []
+    for queries in F.normalize(test_features).split(1024):
+        similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)))  # [m, k]
+        weights = ((similarity - 1) / temperature).exp()
+        votes.append(weights.new_zeros(len(queries), int(train_labels.max()) + 1).scatter_add(
+            1, train_labels[nearest], weights))
+    return torch.cat(votes)
 
 
 def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20, temperature=0.07):
@@ -736,15 +920,7 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
     features by cosine similarity s (all, if there are fewer) vote with weight exp(s / temperature).
     Raises ValueError where a training label is negative: an unlabelled image.
     """
-    if (train_labels < 0).any():
-        raise ValueError("unlabelled images (label -1) among the k-NN's training features")
-    bank, right = F.normalize(train_features), 0
-    for queries, truth in zip(F.normalize(test_features).split(1024), test_labels.split(1024)):
-        similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)))  # [m, k]
-        votes = torch.zeros(len(queries), int(train_labels.max()) + 1, device=queries.device)
-        votes.scatter_add_(1, train_labels[nearest], ((similarity - 1) / temperature).exp())
-        right += (votes.argmax(1) == truth).sum().item()
-    return right / len(test_labels)
+    return top(knn_votes(train_features, train_labels, test_features, k, temperature), test_labels)
 
 
 def object_iou(masks, truth):
@@ -756,25 +932,153 @@ def object_iou(masks, truth):
     return (both / either.clamp_min(1)).amax(1).mean().item()
 
 
+@torch.no_grad()
+def embedding_spread(game, found):
+    """Standard deviation of the normalised embeddings of features [n, D'], mean over their D
+    dimensions, times √D: 1 where they spread evenly over the sphere, 0 where they collapsed."""
+    z = F.normalize(game.model.eval().projector(found))
+    game.model.train()
+    return z.std(0).mean().item() * math.sqrt(z.shape[1])
+
+
+def labelled_features(game, data):
+    """Features and labels of the training images that have a label."""
+    rows = data.labels >= 0
+    return features(game, data.images[rows]), data.labels[rows].to(game.device)
+
+
 JUDGES = {"knn": "k-NN", "knn_shuffled_background": "k-NN, shuffled backgrounds",
-          "object_iou": "object IoU of the masks"}
+          "object_iou": "object IoU of the masks", "embedding_spread": "embedding spread"}
 
 
 def judge(game, data):
-    """All judges on the test images: knn, knn_shuffled_background and object_iou, each from
-    0 to 1, or None where the data set has no truth to judge by."""
-    labelled = data.labels >= 0
-    bank, labels = features(game, data.images[labelled]), data.labels[labelled].to(game.device)
-    truth = data.test_labels.to(game.device)
+    """The scores on the test images, by name, each from 0 to 1; None where the data set has no
+    truth to judge by, or the scheme no learned masks."""
+    bank, found = labelled_features(game, data), features(game, data.test_images)
     scores = dict.fromkeys(JUDGES)
-    scores["knn"] = knn_accuracy(bank, labels, features(game, data.test_images), truth)
-    if data.shuffled is not None:
-        scores["knn_shuffled_background"] = knn_accuracy(
-            bank, labels, features(game, data.shuffled), truth)
-    if data.test_masks is not None:
+    scores["knn"] = knn_accuracy(*bank, found, data.test_labels.to(game.device))
+    if "mixed_rand" in data.backgrounds:
+        images, labels = data.backgrounds["mixed_rand"]
+        scores["knn_shuffled_background"] = knn_accuracy(*bank, features(game, images),
+                                                         labels.to(game.device))
+    if data.test_masks is not None and game.learned:
         scores["object_iou"] = object_iou(paint(game, data.test_images),
                                           data.test_masks.to(game.device))
+    scores["embedding_spread"] = embedding_spread(game, found)
     return scores
+
+
+def linear_probe(found, labels, classes):
+    """Logistic regression on features [n, D] with labels [n]: L-BFGS on standardised features, a
+    weight decay of 1e-4. Returns the function from features [m, D] to scores [m, classes]."""
+    std, mean = torch.std_mean(found, 0)
+    layer = nn.Linear(found.shape[1], classes, device=found.device)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+    inputs = (found - mean) / std.clamp_min(1e-6)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(inputs), labels) + 1e-4 * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return lambda more: layer((more - mean) / std.clamp_min(1e-6)).detach()
+
+
+def finetune(game, data):
+    """Train a copy of the encoder with a linear layer on the labelled images, at the settings' lr,
+    epochs and batch size. Returns scores [m, C] of the test images."""
+    settings, rows = game.settings, (data.labels >= 0).nonzero()[:, 0]
+    tuned = copy.copy(game)
+    tuned.model = copy.deepcopy(game.model)
+    layer = nn.Linear(make_encoder(settings)[1], len(data.classes), device=game.device)
+    player = Player(nn.Sequential(tuned.model.encoder, layer), settings.lr, settings, game.dtype)
+    size = min(settings.batch_size, len(rows))
+    for epoch in tqdm(range(settings.epochs), desc="fine-tuning", leave=False):
+        batches = rows[torch.randperm(len(rows)).to(rows.device)].split(size)[:len(rows) // size]
+        for i, batch in enumerate(batches):
+            images, labels = (part[batch].to(game.device) for part in (data.images, data.labels))
+            with game.autocast():
+                scores = player.network(game.normalise(augment(images, settings)))
+            player.step(F.cross_entropy(scores.float(), labels),
+                        (epoch + i / len(batches)) / settings.epochs)
+    return layer(features(tuned, data.test_images)).detach()
+
+
+def k_means(found, k, starts=5, rounds=100):
+    """k-means of features [n, D] on the unit sphere: k-means++ starts (Arthur and Vassilvitskii,
+    2007), the best of several. Returns each feature's cluster, int64 [n]."""
+    found, best = F.normalize(found), (math.inf, None)
+    for _ in range(starts):
+        centres = found[torch.randint(len(found), (1,)).to(found.device)]
+        while len(centres) < k:
+            far = torch.cdist(found, centres).amin(1).square()
+            centres = torch.cat((centres, found[torch.multinomial(far + 1e-12, 1)]))
+        for _ in range(rounds):
+            distance, clusters = torch.cdist(found, centres).min(1)
+            one_hot = F.one_hot(clusters, k).to(found.dtype)
+            moved = one_hot.T @ found / one_hot.sum(0)[:, None].clamp_min(1)
+            if torch.equal(moved, centres):
+                break
+            centres = moved
+        best = min(best, (distance.square().sum().item(), clusters), key=lambda pair: pair[0])
+    return best[1]
+
+
+def cluster_metrics(clusters, labels):
+    """Agreement of two partitions, int64 [n] each: normalised mutual information (NMI, by the mean
+    entropy), adjusted Rand index (ARI) and Fowlkes-Mallows index (FMI); 1 is perfect."""
+    table = torch.zeros(int(clusters.max()) + 1, int(labels.max()) + 1, dtype=torch.float64)
+    table.index_put_((clusters.cpu(), labels.cpu()), torch.ones((), dtype=torch.float64), True)
+    rows, columns, n = table.sum(1), table.sum(0), table.sum()
+
+    def entropy(counts):
+        return -torch.special.xlogy(counts / n, counts / n).sum()
+
+    def pairs(counts):
+        return (counts * (counts - 1) / 2).sum()
+
+    mean = (entropy(rows) + entropy(columns)) / 2
+    both, one, other = pairs(table), pairs(rows), pairs(columns)
+    chance = one * other / pairs(n)
+    return {"nmi": ((2 * mean - entropy(table)) / mean).item(),
+            "ari": ((both - chance) / ((one + other) / 2 - chance)).item(),
+            "fmi": (both / (one * other).sqrt()).item()}
+
+
+def evaluate(settings):
+    """All judges on the encoder of the checkpoint settings.evaluate; with another data set than it
+    was trained on, the paper's transfer. Writes evaluation.json into settings.out and returns what
+    it holds: shares and indices from 0 to 1."""
+    device, state = pick_device(settings.device), read_checkpoint(Path(settings.evaluate))
+    data = load_data(settings).to(device)
+    torch.manual_seed(settings.seed)
+    game = Game(settings, state["mean"], state["std"], device)
+    game.model.load_state_dict(state["players"][0])
+    bank, labels = labelled_features(game, data)
+    found, truth = features(game, data.test_images), data.test_labels.to(device)
+    probe = linear_probe(bank, labels, len(data.classes))
+    scores = {"knn": knn_votes(bank, labels, found, 20, 0.07), "linear": probe(found)}
+    if settings.finetune:
+        scores["finetuned"] = finetune(game, data)
+    results = {}
+    for name, score in scores.items():
+        results[f"{name}_top1"] = top(score, truth)
+        if len(data.classes) > 10:
+            results[f"{name}_top5"] = top(score, truth, 5)
+    results |= cluster_metrics(k_means(found, len(data.classes)), truth)
+    for name, (images, answers) in data.backgrounds.items():
+        results[f"linear_{name}"] = top(probe(features(game, images)), answers.to(device))
+    if {"mixed_same", "mixed_rand"} <= data.backgrounds.keys():
+        gap = results["linear_mixed_same"] - results["linear_mixed_rand"]
+        results["linear_background_gap"] = gap
+    out = make_out(settings)
+    (out / "evaluation.json").write_text(json.dumps(results | {"settings": asdict(settings)},
+                                                    indent=2) + "\n")
+    print("\n".join(f"{name:24}{value:8.3f}" for name, value in results.items())
+          + f"\n\n{out / 'evaluation.json'} holds the same")
+    return results
 
 
 # ---- The pictures --------------------------------------------------------------------------------
@@ -843,17 +1147,14 @@ def pick_device(name):
                          "leave it out, or give cpu") from error
 
 
-def open_out(settings):
-    """The folder for results; raises AdiosError where a run there might be lost, or is missing."""
-    out = Path(settings.out)
-    there = (out / "checkpoint.pt").exists()
-    if there and not (settings.resume or settings.overwrite):
-        raise AdiosError(f"--out {out} holds a run already: give --resume to go on with it, "
-                         "--overwrite to replace it, or another --out")
-    if settings.resume and not there:
-        raise AdiosError(f"--resume: there is no {out / 'checkpoint.pt'}; leave --resume out to "
-                         "begin")
-    return out
+def make_out(settings):
+    """The folder for results, made."""
+    try:
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdiosError(f"--out {settings.out} cannot be made ({error.strerror}): name another"
+                         ) from error
+    return Path(settings.out)
 
 
 def save_checkpoint(path, game, log, seconds):
@@ -869,21 +1170,29 @@ def save_checkpoint(path, game, log, seconds):
     half.replace(path)
 
 
-def load_checkpoint(path, game):
-    """Put the game where the checkpoint left it; returns (log, seconds)."""
+def read_checkpoint(path):
+    """A checkpoint's content; runs no code from it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location=game.device, weights_only=True)
-        was = state["settings"]
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        return state if state["settings"] else None
+    except FileNotFoundError as error:
+        raise AdiosError(f"there is no checkpoint {path}: train first, without --resume or "
+                         "--evaluate") from error
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        raise AdiosError(f"--resume: {path} is damaged or not one of adios.py's: begin anew with "
+        raise AdiosError(f"{path} is damaged or no checkpoint of adios.py's: begin anew with "
                          "--overwrite or another --out") from error
-    odd = [f"{flag(name)} {was.get(name)}" for name, value in asdict(game.settings).items()
-           if was.get(name) != value
+
+
+def resume(state, game):
+    """Put the game where a checkpoint left it; returns (log, seconds)."""
+    odd = [f"{flag(name)} {state['settings'].get(name)}"
+           for name, value in asdict(game.settings).items()
+           if state["settings"].get(name) != value
            and name not in ("data_dir", "device", "out", "resume", "overwrite")]
     if odd:
-        raise AdiosError(f"--resume: {path} is of other settings: give {' '.join(odd)}")
+        raise AdiosError(f"--resume: the checkpoint is of other settings: give {' '.join(odd)}")
     for part, value in zip(game.parts(), state["players"]):
         part.load_state_dict(value)
     return state["log"], state["seconds"]
@@ -900,7 +1209,10 @@ def train_epoch(game, data, epoch, announce):
     with tqdm(total=len(batches) * size, unit="img", desc=f"epoch {epoch}/{epochs}",
               leave=epoch == epochs) as bar:
         for i, rows in enumerate(batches):
-            images = data.images[rows.to(data.images.device)].to(game.device, non_blocking=True)
+            rows = rows.to(data.images.device)
+            images = data.images[rows].to(game.device, non_blocking=True)
+            if game.settings.masks.startswith("object"):
+                images = torch.cat((images, 255 * data.masks[rows, None].to(images)), 1)
             now = game.play(images, (epoch - 1 + i / len(batches)) / epochs)
             total = total + now
             bar.update(size)
@@ -923,12 +1235,12 @@ def train(settings):
     masks.png, curves.png, log.csv, checkpoint.pt and in the end results.json are in settings.out,
     renewed as it goes. Raises AdiosError for settings or files that do not do.
     """
-    device, out = pick_device(settings.device), open_out(settings)
+    device, path = pick_device(settings.device), Path(settings.out) / "checkpoint.pt"
+    if path.exists() and not (settings.resume or settings.overwrite):
+        raise AdiosError(f"--out {settings.out} holds a run already: give --resume to go on with "
+                         "it, --overwrite to replace it, or another --out")
+    state = read_checkpoint(path) if settings.resume else None
     data = load_data(settings)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AdiosError(f"--out {out} cannot be made ({error.strerror}): name another") from error
     torch.manual_seed(settings.seed)
     game = Game(settings, *data.statistics(), device)
     data.to(device)
@@ -939,34 +1251,37 @@ def train(settings):
           f"masks | {settings.encoder} with {weights:.2f} M parameters, occluder with {more:.2f} M "
           f"| {device}, {str(game.dtype)[6:]}")
     untrained = {f"{name}_untrained": score for name, score in judge(game, data).items()}
-    log, seconds = [], 0.0
-    if settings.resume:
-        log, seconds = load_checkpoint(out / "checkpoint.pt", game)
-    else:
-        save_checkpoint(out / "checkpoint.pt", game, log, seconds)
-    shown = data.test_images[::max(1, len(data.test_images) // 12)][:12]
+    log, seconds = resume(state, game) if state else ([], 0.0)
+    out = make_out(settings)
+    if not state:
+        save_checkpoint(path, game, log, seconds)
+    some = slice(0, None, max(1, len(data.test_images) // 12))
+    shown = data.test_images[some][:12]
+    truth = None if data.test_masks is None else data.test_masks[some][:12]
+    first = len(log) + 1
     try:
-        for epoch in range(len(log) + 1, settings.epochs + 1):
+        for epoch in range(first, settings.epochs + 1):
             start = time.perf_counter()
-            row = train_epoch(game, data, epoch, announce=not log or settings.resume)
+            row = train_epoch(game, data, epoch, announce=epoch == first)
             due = epoch % max(1, settings.epochs // 4) == 0 or epoch == settings.epochs
             log.append(row | (judge(game, data) if due else dict.fromkeys(JUDGES)))
             if due:
                 plot_curves(log, out / "curves.png")
-                plot_masks(shown, paint(game, shown), out / "masks.png")
+                plot_masks(shown, paint(game, shown, truth), out / "masks.png")
             with open(out / "log.csv", "w", newline="") as file:
                 writer = csv.DictWriter(file, log[0])
                 writer.writeheader()
                 writer.writerows(log)
             seconds += time.perf_counter() - start
-            save_checkpoint(out / "checkpoint.pt", game, log, seconds)
+            save_checkpoint(path, game, log, seconds)
     except KeyboardInterrupt:
-        print(f"\nstopped: {out / 'checkpoint.pt'} holds {len(log)} of {settings.epochs} epochs; "
+        print(f"\nstopped: {path} holds {len(log)} of {settings.epochs} epochs; "
               "--resume goes on from there", file=sys.stderr)
         raise
     results = {**{name: log[-1][name] for name in JUDGES}, **untrained, "seconds": seconds,
                "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
                "settings": asdict(settings)}
+    torch.save(game.model.encoder.state_dict(), out / "encoder.pt")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
@@ -982,17 +1297,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv=None):
-    """The command line as Settings."""
-    parser = Parser("adios", allow_abbrev=False,
+    """The command line as Settings; with --evaluate, what it leaves out is the checkpoint's."""
+    parser = Parser("adios", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     description="ADIOS: self-supervised learning with adversarial masks")
     for f in fields(Settings):
         default = f.default if f.default is not None else ", ".join(
             f"{name} {preset[f.name]}" for name, preset in PRESETS.items())
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
                 dict(type=f.type, metavar="|".join(f.metadata["choices"] or [f.type.__name__])))
-        parser.add_argument(flag(f.name), default=f.default, **kind, help=f.metadata["help"]
+        parser.add_argument(flag(f.name), **kind, help=f.metadata["help"]
                             + (f" [{default}]" if default not in ("", False) else ""))
-    return Settings(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    if given.get("evaluate"):
+        path = Path(given["evaluate"])
+        was = read_checkpoint(path)["settings"]
+        for name in ("image_size", "ssl", "num_masks", "encoder", "width", "small_stem",
+                     "occluder_width"):
+            if given.get(name, was[name]) != was[name]:
+                raise AdiosError(f"{flag(name)} {given[name]}: the checkpoint has {was[name]}; "
+                                 "leave it out")
+        other = given.get("dataset", was["dataset"]) != was["dataset"]
+        data_dir = Settings.data_dir if other else was["data_dir"]
+        out = str(path.parent / given["dataset"] if other else path.parent)
+        given = was | dict(device="auto", limit=0, resume=False, overwrite=False,
+                           data_dir=data_dir, out=out) | given
+    return Settings(**given)
 
 
 def show(results):
@@ -1000,7 +1329,7 @@ def show(results):
     print(f"\n{'':28}  trained  untrained")
     for name, title in JUDGES.items():
         if results[name] is not None:
-            form = "9.2f" if name == "object_iou" else "9.1%"
+            form = "9.1%" if name.startswith("knn") else "9.2f"
             print(f"{title:28}{results[name]:{form}}  {results[f'{name}_untrained']:{form}}")
     print(f"\n{results['seconds']:.0f} s, {results['images_per_second']:.0f} images/s; "
           f"masks.png, curves.png and the rest are in {results['settings']['out']}")
@@ -1009,7 +1338,11 @@ def show(results):
 def main(argv=None):
     """Run the command line; returns the exit code."""
     try:
-        show(train(parse(argv)))
+        settings = parse(argv)
+        if settings.evaluate:
+            evaluate(settings)
+        else:
+            show(train(settings))
     except AdiosError as error:
         print(f"adios: error: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import nbclient
 import nbformat
 import numpy as np
 import pytest
+import scipy.io
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from sklearn import cluster, linear_model, metrics, preprocessing
 from torchvision.transforms import v2
 
 import adios
@@ -138,74 +141,239 @@ def test_every_part_of_the_occluder_reaches_its_masks():
 
 
 def test_moves_leave_the_other_player_untouched():
-    game = make_game()
-    view_a, view_b = make_views(game)
-    masks = game.occluder(view_b)
-    hidden = adios.hide_one(masks)
-    model, occluder = snapshot(game.model), snapshot(game.occluder)
+    for ssl in ("simclr", "byol", "simsiam"):
+        game = make_game(ssl=ssl)
+        views = make_views(game)
+        painted = [game.paint(views[which]) for which in adios.OBJECTIVES[ssl][1]]
+        hidden = [adios.hide_one(None, masks, None) for masks in painted]
+        model, occluder = snapshot(game.model), snapshot(game.occluder)
 
-    game.inference_move(view_a, view_b, hidden, 0.1)
-    assert same(game.occluder, occluder) and not same(game.model, model)
-    assert all(p.grad is None for p in game.occluder.parameters())
+        game.inference_move(views, hidden, 0.1)
+        assert same(game.occluder, occluder) and not same(game.model, model)
+        assert all(p.grad is None for p in game.occluder.parameters())
 
-    model = snapshot(game.model)  # the batch-norm statistics among it
-    gradients = [p.grad.clone() for p in game.model.parameters()]
-    game.occlusion_move(view_a, view_b, hidden, masks, 0.1)
-    assert same(game.model, model) and not same(game.occluder, occluder)
-    assert all(torch.equal(p.grad, g) for p, g in zip(game.model.parameters(), gradients))
-    assert all(p.requires_grad for p in game.model.parameters())
+        model = snapshot(game.model)  # the batch-norm statistics among it
+        trained = [p for p in game.model.parameters() if p.requires_grad]
+        gradients = [p.grad.clone() for p in trained]
+        game.occlusion_move(views, hidden, painted, 0.1)
+        assert same(game.model, model) and not same(game.occluder, occluder)
+        assert all(torch.equal(p.grad, g) for p, g in zip(trained, gradients))
+        assert trained == [p for p in game.model.parameters() if p.requires_grad]
 
 
+@pytest.mark.parametrize("ssl", ["simclr", "byol", "simsiam"])
 @pytest.mark.parametrize("scheme", ["adios", "adios-s"])
-def test_a_small_step_of_i_lowers_the_loss_and_one_of_m_raises_it(scheme):
-    game = make_game(masks=scheme, lr=1e-4, occluder_lr=1e-4, sparsity=0, weight_decay=0)
-    view_a, view_b = make_views(game)
-    torch.manual_seed(1)
-    hide = lambda: (torch.manual_seed(1), adios.SCHEMES[scheme](game.occluder(view_b)))[1]  # noqa
-    before = game.loss(view_a, view_b, hide()).item()
-    game.inference_move(view_a, view_b, hide(), 0.1)
-    between = game.loss(view_a, view_b, hide()).item()
-    game.occlusion_move(view_a, view_b, hide(), game.occluder(view_b), 0.1)
-    after = game.loss(view_a, view_b, hide()).item()
-    assert between < before - 1e-4 and after > between + 1e-5
+def test_a_small_step_of_i_lowers_the_loss_and_one_of_m_raises_it(scheme, ssl):
+    game = make_game(masks=scheme, ssl=ssl, lr=1e-4, occluder_lr=1e-4, sparsity=0, weight_decay=0)
+    views = make_views(game)
+
+    def hide():
+        torch.manual_seed(1)
+        painted = [game.paint(views[which]) for which in adios.OBJECTIVES[ssl][1]]
+        return painted, [adios.SCHEMES[scheme](None, masks, None) for masks in painted]
+
+    before = game.loss(views, hide()[1]).item()
+    game.inference_move(views, hide()[1], 0.1)
+    between = game.loss(views, hide()[1]).item()
+    painted, hidden = hide()
+    game.occlusion_move(views, hidden, painted, 0.1)
+    after = game.loss(views, hide()[1]).item()
+    assert between < before - 1e-5 and after > between + 1e-6
 
 
 def test_m_pays_for_its_masks():
     """With a large λ the occluder evens its areas out, whatever the loss says."""
     game = make_game(sparsity=1000, occluder_lr=3e-3)
-    view_a, view_b = make_views(game)
+    views = make_views(game)
     with torch.no_grad():
         game.occluder.paint.bias[0] = 3
-        before = adios.sparsity_penalty(game.occluder(view_b)).mean()
+        before = adios.sparsity_penalty(game.paint(views[1])).mean()
     for _ in range(10):
-        masks = game.occluder(view_b)
-        game.occlusion_move(view_a, view_b, adios.hide_one(masks), masks, 0.1)
-    assert adios.sparsity_penalty(game.occluder(view_b)).mean() < 0.7 * before
+        masks = game.paint(views[1])
+        game.occlusion_move(views, [adios.hide_one(None, masks, None)], [masks], 0.1)
+    assert adios.sparsity_penalty(game.paint(views[1])).mean() < 0.7 * before
 
 
-def test_view_a_is_encoded_once_per_player():
-    game, calls = make_game(masks="adios", num_masks=3), []
+def test_m_gains_the_loss_less_the_price_of_all_masks():
+    game = make_game(masks="adios", sparsity=0.7)
+    views = make_views(game)
+    masks = game.paint(views[1])
+    loss = game.loss(views, [masks]).item()
+    price = adios.sparsity_penalty(masks).mean().item()
+    gain = game.occlusion_move(views, [masks], [masks], 0.1).item()
+    assert gain == pytest.approx(loss - 0.7 * price, abs=1e-4)
+
+
+@pytest.mark.parametrize("ssl, encodings, paintings", [("simclr", 4, 1), ("simsiam", 8, 2)])
+def test_whole_views_are_encoded_once_per_player(ssl, encodings, paintings):
+    game, calls = make_game(masks="adios", num_masks=3, ssl=ssl), []
     game.model.encoder.register_forward_hook(lambda *_: calls.append("encode"))
     game.occluder.register_forward_hook(lambda *_: calls.append("paint"))
     game.play(adios.load_data(Settings(**SMALL)).images[:16], 0.1)
-    assert calls == ["paint"] + 2 * (1 + 3) * ["encode"]
+    assert calls == paintings * ["paint"] + 2 * encodings * ["encode"]
 
 
 def test_the_loss_is_the_mean_over_the_masks_of_a_against_masked_b():
     game = make_game(masks="adios", num_masks=3)
     view_a, view_b = make_views(game)
-    masks = game.occluder(view_b)
-    parts = [adios.nt_xent(game.model(view_a), game.model(view_b - view_b * masks[:, n:n + 1]),
-                           game.settings.temperature).item() for n in range(3)]
-    assert game.loss(view_a, view_b, masks).item() == pytest.approx(sum(parts) / 3, abs=1e-4)
+    masks = game.paint(view_b)
+    z_a, *z_b = (game.model(view)[1] for view in (
+        view_a, *(view_b - view_b * masks[:, n:n + 1] for n in range(3))))
+    parts = [adios.nt_xent(z_a, z, game.settings.temperature).item() for z in z_b]
+    assert game.loss((view_a, view_b), [masks]).item() == pytest.approx(sum(parts) / 3, abs=1e-4)
+
+
+def test_simsiam_masks_both_views_in_turn():
+    game = make_game(ssl="simsiam")
+    view_a, view_b = make_views(game)
+    masks_a, masks_b = torch.rand(2, 16, 1, 32, 32)
+
+    def distance(one, other):
+        (p, z), (q, y) = game.model(one), game.model(other)
+        return (adios.simsiam_loss(p, y) + adios.simsiam_loss(q, z)).item() / 2
+
+    expected = (distance(view_a * (1 - masks_a), view_b) + distance(view_a, view_b * (1 - masks_b)))
+    assert game.loss((view_a, view_b), [masks_a, masks_b]).item() == pytest.approx(
+        expected / 2, abs=1e-5)
+
+
+def test_without_learned_masks_only_i_moves():
+    for scheme in ("none", "mae", "beit"):
+        game = make_game(masks=scheme)
+        occluder, model = snapshot(game.occluder), snapshot(game.model)
+        loss, gain, area = game.play(adios.load_data(Settings(**SMALL)).images[:16], 0.1).tolist()
+        assert same(game.occluder, occluder) and not same(game.model, model)
+        assert math.isnan(gain) and math.isfinite(loss)
+        assert area == pytest.approx({"none": 0, "mae": 0.75, "beit": 0.3}[scheme], abs=0.02)
+
+
+def test_byols_target_gets_no_gradient_and_follows_the_schedule():
+    game = make_game(ssl="byol", lr=1e-2)
+    views = make_views(game)
+    hidden = [torch.zeros(16, 1, 32, 32)]
+    for progress in (0, 0.25, 1):
+        before = [p.clone() for p in game.model.target.parameters()]
+        game.inference_move(views, hidden, progress)
+        online = [*game.model.encoder.parameters(), *game.model.projector.parameters()]
+        momentum = 1 - 0.01 * (math.cos(math.pi * progress) + 1) / 2
+        for slow, was, fast in zip(game.model.target.parameters(), before, online):
+            assert slow.grad is None and not slow.requires_grad
+            torch.testing.assert_close(slow, momentum * was + (1 - momentum) * fast)
+    assert not torch.equal(before[0], online[0])
+
+
+def test_predicted_losses_are_the_written_out_ones_and_stop_at_the_target():
+    p, z = torch.randn(6, 9, requires_grad=True), torch.randn(6, 9, requires_grad=True)
+    cosines = [sum(a * b for a, b in zip(x, y)) / math.hypot(*x) / math.hypot(*y)
+               for x, y in zip(p.tolist(), z.tolist())]
+    for loss, expected in ((adios.byol_loss, 2 - 2 * sum(cosines) / 6),
+                           (adios.simsiam_loss, -sum(cosines) / 6)):
+        assert loss(p, z).item() == pytest.approx(expected, abs=1e-5)
+        loss(p, z).backward()
+        assert z.grad is None and p.grad.abs().sum() > 0
+
+
+# ---- Masking schemes -----------------------------------------------------------------------------
+
+
+def test_mae_hides_three_quarters_in_patches():
+    masks = adios.hide_patches(torch.zeros(300, 3, 32, 32), None, None)
+    assert masks.shape == (300, 1, 32, 32)
+    patches = masks.view(300, 8, 4, 8, 4)
+    assert (patches == patches[:, :, :1, :, :1]).all() and (masks.mean((1, 2, 3)) == 0.75).all()
+    assert (masks.mean((0, 1)) - 0.75).abs().max() < 0.12
+    assert adios.hide_patches(torch.zeros(2, 3, 50, 50), None, None).shape == (2, 1, 50, 50)
+
+
+def test_beit_hides_three_tenths_in_blocks(monkeypatch):
+    view = torch.zeros(400, 3, 64, 64)
+    masks = adios.hide_blocks(view, None, None)
+    share = masks.mean((1, 2, 3))
+    assert set(masks.unique().tolist()) == {0, 1}
+    assert share.max() <= 0.3 and share.mean().item() == pytest.approx(0.29, abs=0.015)
+    # the first block alone: a rectangle of 8 to 30 %, aspect ratio 0.3 to 1 / 0.3
+    monkeypatch.setattr(adios, "range", lambda n: (0,), raising=False)
+    first = adios.hide_blocks(view, None, None)[:, 0]
+    height, width = (first.amax(axis).sum(1) for axis in (2, 1))
+    assert torch.equal(first.sum((1, 2)), height * width)
+    area, aspect = height * width / 64**2, height / width
+    assert 0.07 < area.min() < 0.1 and 0.27 < area.max() <= 0.3
+    assert 0.25 < aspect.min() < 0.4 and 2.6 < aspect.max() < 3.8
+    assert aspect.log().mean().abs() < 0.15
+
+
+def test_true_masks_hide_the_object_or_all_else():
+    truth = torch.zeros(200, 1, 4, 4)
+    truth[:, 0, :2] = 1
+    masks = adios.hide_object(torch.zeros(200, 3, 4, 4), None, truth)
+    is_object = (masks == truth).flatten(1).all(1)
+    assert (is_object | (masks == 1 - truth).flatten(1).all(1)).all()
+    assert is_object.float().mean().item() == pytest.approx(0.5, abs=0.12)
+    truth = torch.arange(8.)[:, None, None, None].expand(8, 1, 2, 2) / 8
+    dealt = adios.hide_other_object(torch.zeros(8, 3, 2, 2), None, truth)
+    assert (torch.minimum((dealt - truth).abs(), (1 - dealt - truth).abs()) > 0.01).any(1).all()
+
+
+def test_true_masks_are_cropped_and_flipped_with_their_image():
+    data = adios.load_data(Settings(**SMALL))
+    images = torch.cat((data.masks[:, None].expand(-1, 3, -1, -1) * 255,
+                        data.masks[:, None] * 255), 1).byte()  # pictures of the masks themselves
+    views = adios.augment(images, Settings(jitter=0))
+    assert views.shape[1] == 4
+    torch.testing.assert_close(views[:, 0], views[:, 3], atol=1e-3, rtol=0)
 
 
 def test_hide_one_deals_each_image_one_of_its_masks():
     masks = torch.rand(3000, 3, 1, 1)
-    hidden = adios.hide_one(masks)
+    hidden = adios.hide_one(None, masks, None)
     which = (hidden == masks).float()
     assert hidden.shape == (3000, 1, 1, 1) and (which.sum(1) == 1).all()
     assert (which.mean((0, 2, 3)) - 1 / 3).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "vit_tiny"])
+@pytest.mark.parametrize("masks", adios.SCHEMES)
+@pytest.mark.parametrize("ssl", adios.OBJECTIVES)
+def test_every_combination_trains(ssl, masks, encoder):
+    settings = Settings(**SMALL | dict(batch_size=8, lr=1e-3), ssl=ssl, masks=masks,
+                        encoder=encoder)
+    data = adios.load_data(settings)
+    game = adios.Game(settings, *data.statistics(), torch.device("cpu"))
+    players = [game.model.encoder, game.model.projector]
+    players += [game.occluder] if masks in adios.LEARNED else []
+    before = [snapshot(player) for player in players]
+    for step in range(2):
+        images = torch.cat((data.images[:8], 255 * data.masks[:8, None]), 1)
+        loss, gain, *areas = game.play(images, 0.1 + step / 10).tolist()
+        assert math.isfinite(loss) and math.isfinite(gain) == (masks in adios.LEARNED)
+        assert all(0 <= area <= 1 for area in areas)
+    assert not any(same(player, was) for player, was in zip(players, before))
+    assert all(p.isfinite().all() for player in players for p in player.parameters())
+
+
+@pytest.mark.parametrize("size, patches", [(32, 8), (64, 8), (96, 8), (224, 14), (50, 10)])
+def test_vit_tiny_is_192_wide_and_12_deep(size, patches):
+    encoder, width = adios.make_encoder(Settings(encoder="vit_tiny", image_size=size))
+    assert encoder(torch.randn(2, 3, size, size)).shape == (2, width) == (2, 192)
+    assert len(encoder.encoder.layers) == 12
+    assert encoder.encoder.layers[0].self_attention.num_heads == 3
+    assert encoder.seq_length == patches**2 + 1
+
+
+def test_vit_tiny_refuses_sizes_without_patches():
+    with pytest.raises(adios.AdiosError, match="--image-size 37"):
+        adios.make_encoder(Settings(encoder="vit_tiny", image_size=37))
+
+
+def test_resnet50_is_torchvisions():
+    encoder, width = adios.make_encoder(Settings(encoder="resnet50", small_stem=False))
+    missing, _ = torchvision.models.resnet50().load_state_dict(encoder.state_dict(), strict=False)
+    assert width == 2048 and missing == ["fc.weight", "fc.bias"]
+    encoder, _ = adios.make_encoder(Settings(encoder="resnet50", small_stem=True))
+    assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 2048)
+
+
+# ---- Both players --------------------------------------------------------------------------------
 
 
 def test_learning_rate_rises_then_falls_to_zero():
@@ -347,10 +515,17 @@ def test_two_views_of_an_image_differ():
 
 def test_shapes_are_the_same_everywhere_for_a_seed():
     data = adios.load_data(Settings(limit=200, seed=3))
-    pixels = b"".join(t.numpy().tobytes() for t in (data.images, data.test_images, data.shuffled))
+    pixels = b"".join(t.numpy().tobytes() for t in (data.images, data.test_images,
+                                                data.backgrounds["mixed_rand"][0]))
     assert hashlib.sha256(pixels).hexdigest()[:16] == "008cd1f8f5d32d10"
     assert not torch.equal(data.images, adios.load_data(Settings(limit=200, seed=4)).images)
     assert not torch.equal(data.images, data.test_images[:200])
+
+
+def class_colours():
+    """The backgrounds' colours by class, [10, 3], 0 to 255."""
+    return 255 * torch.from_numpy(adios.hsv_to_rgb(np.stack(
+        (np.arange(10) / 10, np.full(10, 0.55), np.full(10, 0.7)), 1))).float()
 
 
 def test_shapes_are_as_described():
@@ -366,21 +541,35 @@ def test_shapes_are_as_described():
     mean = outside.flatten(2).nanmean(2)
     spread = (outside - mean[:, :, None, None]).nan_to_num().abs()
     assert 1 < spread.mean() < 10
-    hue = torch.from_numpy(adios.hsv_to_rgb(np.stack(
-        (np.arange(10) / 10, np.full(10, 0.55), np.full(10, 0.7)), 1))).float() * 255
-    nearest = torch.cdist(mean, hue).argmin(1)
+    nearest = torch.cdist(mean, class_colours()).argmin(1)
     telling = (nearest == data.test_labels).float().mean().item()
     assert telling == pytest.approx(0.91, abs=0.03)
 
 
-def test_shuffled_backgrounds_keep_the_objects():
+def test_backgrounds_are_changed_behind_the_same_objects():
     data = adios.load_data(Settings())
+    images = {name: pair[0] for name, pair in data.backgrounds.items()}
+    assert all(torch.equal(labels, data.test_labels) for _, labels in data.backgrounds.values())
+    assert torch.equal(images["original"], data.test_images)
     inside = F.max_pool2d(1 - data.test_masks[:, None].float(), 3, 1, 1) == 0  # off the rim
     inside = inside.expand(-1, 3, -1, -1)
-    assert (data.test_images == data.shuffled)[inside].float().mean() > 0.998
     outside = ~F.max_pool2d(data.test_masks[:, None].float(), 3, 1, 1).bool()
-    moved = (data.test_images.float() - data.shuffled.float()).abs() * outside
-    assert (moved.amax((1, 2, 3)) > 20).float().mean() > 0.9
+    ground = data.test_images.float() * outside
+
+    def hue_class(pictures):
+        mean = (pictures * outside).sum((2, 3)) / outside.sum((2, 3)).clamp_min(1)
+        return torch.cdist(mean, class_colours()).argmin(1)
+
+    for name in ("mixed_same", "mixed_rand", "only_fg"):
+        assert (images[name] == data.test_images)[inside].float().mean() > 0.998
+        assert ((images[name].float() * outside - ground).abs().amax((1, 2, 3)) > 5).float(
+            ).mean() > 0.9
+    match = {name: (hue_class(pictures) == data.test_labels).float().mean().item()
+             for name, pictures in images.items()}
+    assert match["mixed_same"] > 0.87 and match["mixed_rand"] < 0.2 and match["only_bg_t"] > 0.87
+    assert (images["only_fg"] * outside == 0).all()
+    spread = images["only_bg_t"].float().std((2, 3)).max()
+    assert spread < 10  # nothing but background
 
 
 def write_stl10(root, count=40):
@@ -546,6 +735,109 @@ def test_features_are_those_of_whole_images_in_evaluation():
     torch.testing.assert_close(found, encoder((images / 255 - 0.5) / 0.25), atol=1e-5, rtol=1e-4)
 
 
+def clustered(count=600, classes=12, scale=0.5):
+    """Features in clusters, with labels."""
+    torch.manual_seed(1)
+    centres, labels = torch.randn(classes, 16), torch.arange(count) % classes
+    return centres[labels] + scale * torch.randn(count, 16), labels
+
+
+def test_cluster_metrics_are_scikit_learns():
+    for a, b in ((torch.randint(7, (500,)), torch.randint(5, (500,))),
+                 (torch.arange(500) % 7, (torch.arange(500) % 7 + torch.randint(2, (500,))) % 7),
+                 (torch.arange(500) % 3, torch.arange(500) % 3)):
+        ours = adios.cluster_metrics(a, b)
+        assert ours["nmi"] == pytest.approx(metrics.normalized_mutual_info_score(b, a), abs=1e-6)
+        assert ours["ari"] == pytest.approx(metrics.adjusted_rand_score(b, a), abs=1e-6)
+        assert ours["fmi"] == pytest.approx(metrics.fowlkes_mallows_score(b, a), abs=1e-6)
+
+
+def test_k_means_is_as_good_as_scikit_learns():
+    found, _ = clustered(scale=1.0)
+    found = F.normalize(found)
+    clusters = adios.k_means(found, 12)
+    ours = sum((found[clusters == c] - found[clusters == c].mean(0)).square().sum().item()
+               for c in range(12))
+    theirs = cluster.KMeans(12, n_init=5, random_state=0).fit(found.numpy()).inertia_
+    assert ours < 1.05 * theirs and len(clusters.unique()) == 12
+
+
+def test_linear_probe_is_logistic_regression():
+    found, labels = clustered(scale=1.5)
+    found = found * torch.logspace(-2, 2, 16) + 5  # a probe must not mind scales
+    train, test = slice(0, 400), slice(400, None)
+    ours = adios.linear_probe(found[train], labels[train], 12)(found[test])
+    scaler = preprocessing.StandardScaler().fit(found[train])
+    theirs = linear_model.LogisticRegression(C=1 / (2 * 1e-4 * 400), max_iter=1000).fit(
+        scaler.transform(found[train]), labels[train])
+    assert adios.top(ours, labels[test]) == pytest.approx(
+        theirs.score(scaler.transform(found[test]), labels[test]), abs=0.015)
+    assert adios.top(ours, labels[test]) > 0.6
+
+
+def test_top_k_by_hand():
+    scores = torch.tensor([[0.1, 0.5, 0.4], [0.6, 0.3, 0.1], [0.2, 0.3, 0.5]])
+    assert adios.top(scores, torch.tensor([1, 1, 0])) == pytest.approx(1 / 3)
+    assert adios.top(scores, torch.tensor([1, 1, 0]), 2) == pytest.approx(2 / 3)
+
+
+def test_embedding_spread_tells_collapse():
+    game = make_game()
+    game.model.projector = torch.nn.Identity()
+    assert adios.embedding_spread(game, torch.randn(2000, 64)) == pytest.approx(1, abs=0.05)
+    assert adios.embedding_spread(game, torch.ones(2000, 64)) == 0
+
+
+def test_evaluation_of_a_trained_encoder(tmp_path):
+    """On its own data, the Backgrounds Challenge among it, and transferred to a folder."""
+    settings = Settings(limit=1280, epochs=2, out="o", device="cpu")
+    trained = adios.train(settings)
+    assert adios.main(["--evaluate", "o/checkpoint.pt", "--finetune", "--limit", "1280",
+                       "--epochs", "8"]) == 0
+    found = json.loads((tmp_path / "o/evaluation.json").read_text())
+    assert found["knn_top1"] == trained["knn"] and "knn_top5" not in found
+    assert found["linear_top1"] > 0.4 and found["finetuned_top1"] > 0.4
+    assert found["linear_original"] == found["linear_top1"]
+    assert found["linear_mixed_same"] > found["linear_mixed_rand"] + 0.2
+    assert found["linear_background_gap"] == pytest.approx(
+        found["linear_mixed_same"] - found["linear_mixed_rand"])
+    assert found["linear_only_bg_t"] > 0.5 > found["linear_only_fg"]
+    assert 0 < found["ari"] < found["nmi"] < 1 and 0 < found["fmi"] < 1
+
+    encoder = adios.ResNet18(16)
+    encoder.load_state_dict(torch.load(tmp_path / "o/encoder.pt", weights_only=True))
+
+    write_folder(tmp_path / "d", [f"class{n}" for n in range(12)])
+    for name in ("original", "mixed_same/val", "mixed_rand"):
+        shutil.copytree(tmp_path / "d/val", tmp_path / "d" / name)
+    checkpoint = (tmp_path / "o/checkpoint.pt").read_bytes()
+    assert adios.main(["--evaluate", "o/checkpoint.pt", "--dataset", "folder",
+                       "--data-dir", "d"]) == 0
+    found = json.loads((tmp_path / "o/folder/evaluation.json").read_text())
+    assert found["settings"]["image_size"] == 32
+    for judge in ("knn", "linear"):
+        assert found[f"{judge}_top1"] <= found[f"{judge}_top5"] <= 1
+    assert found["linear_background_gap"] == 0 and found["linear_original"] == found["linear_top1"]
+    assert (tmp_path / "o/checkpoint.pt").read_bytes() == checkpoint
+
+
+def test_flowers102_is_read(monkeypatch, tmp_path):
+    folder = tmp_path / "d/flowers-102"
+    (folder / "jpg").mkdir(parents=True)
+    for n in range(1, 25):
+        Image.new("RGB", (80, 70), (10 * n, 0, 0)).save(folder / f"jpg/image_{n:05}.jpg")
+    ids = {"trnid": np.arange(1, 13), "valid": np.arange(13, 15), "tstid": np.arange(15, 25)}
+    scipy.io.savemat(folder / "setid.mat", {name: value[None] for name, value in ids.items()})
+    scipy.io.savemat(folder / "imagelabels.mat", {"labels": np.arange(1, 25)[None]})
+    monkeypatch.setattr(torchvision.datasets.Flowers102, "_check_integrity", lambda self: True)
+    data = adios.load_data(Settings(dataset="flowers102", data_dir="d", batch_size=8))
+    assert data.images.shape == (12, 3, 96, 96) and data.test_images.shape == (10, 3, 96, 96)
+    assert data.labels.tolist() == list(range(12))
+    assert data.test_labels.tolist() == list(range(14, 24))
+    reds = data.test_images[:, 0, 40, 40].int() - torch.arange(150, 250, 10)
+    assert reds.abs().max() <= 3 and len(data.classes) == 102
+
+
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
@@ -698,7 +990,9 @@ def test_an_error_is_one_line_and_exit_code_2():
     (["--occluder-width", "12"], "multiple of 8"),
     (["--device", "abacus"], "--device abacus"),
     (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
-    (["--resume"], "there is no runs"),
+    (["--resume"], "there is no checkpoint runs"),
+    (["--evaluate", "nothing.pt"], "there is no checkpoint nothing.pt"),
+    (["--masks", "object", "--dataset", "cifar10"], "only shapes"),
     (["--resume", "--overwrite"], "drop one"),
 ])
 def test_bad_arguments(refused, arguments, says):
