@@ -20,8 +20,8 @@ M gains by hiding what the encoder relies on, so its masks come to follow object
     python adios.py --dataset stl10       the real thing, on a GPU
     python adios.py --help                every setting
 
-In the order of reading: settings, data, views, encoder, occluder, objective, masking schemes,
-the game, the judges, the pictures, training, the command line.
+In the order of reading: settings, data, views, encoder, occluder, objectives, masking schemes,
+the game, the judges, the pictures, training, evaluation, the command line.
 """
 
 import argparse
@@ -32,7 +32,9 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -54,19 +56,18 @@ from tqdm.auto import tqdm
 # One dataclass is the command line, the argument of `train` and the record in results.json. Where
 # it gives no default, the data set does.
 
-SHAPES = dict(image_size=32, width=16, small_stem=False, occluder_width=8, num_masks=2,
-              sparsity=0.02, epochs=20, batch_size=128, lr=3e-3, occluder_lr=2e-3, min_crop=0.3,
-              jitter=0.5, blur=0.0)
-CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_masks=4,
-             sparsity=0.1, epochs=100, batch_size=256, lr=2e-3, occluder_lr=1e-3, min_crop=0.08,
-             jitter=0.5, blur=0.0)
+SHAPES = dict(image_size=32, width=16, small_stem=False, occluder_width=8, num_masks=2, lr=3e-3,
+              occluder_lr=2e-3, occluder_share=0.5, sparsity=0.02, epochs=20, batch_size=128,
+              min_crop=0.3, blur=0.0)
+CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_masks=4, lr=2e-3,
+             occluder_lr=1e-3, occluder_share=1.0, sparsity=0.1, epochs=100, batch_size=256,
+             min_crop=0.08, blur=0.0)
 STL10 = CIFAR | dict(image_size=96, small_stem=False, num_masks=6, blur=0.5)
-FOLDER = STL10 | dict(image_size=64, width=24, occluder_width=8, num_masks=4, epochs=20,
-                      batch_size=128)
-PRESETS = dict(shapes=SHAPES, stl10=STL10, cifar10=CIFAR, cifar100=CIFAR,
-               flowers102=STL10 | dict(batch_size=128), folder=FOLDER)
-TAMER = dict(vit_tiny=dict(lr=5e-4))  # a transformer does not bear a ResNet's rate
-LEARNED = ("adios", "adios-s")  # the masks that the occluder paints; the others need none
+FLOWERS = STL10 | dict(batch_size=128)
+FOLDER = FLOWERS | dict(image_size=64, width=24, occluder_width=8, num_masks=4, epochs=20)
+PRESETS = dict(shapes=SHAPES, stl10=STL10, cifar10=CIFAR, cifar100=CIFAR, flowers102=FLOWERS,
+               folder=FOLDER)
+ENCODERS = dict(resnet18={}, resnet50={}, vit_tiny=dict(lr=5e-4))  # what they change in a preset
 
 
 class AdiosError(ValueError):
@@ -92,8 +93,7 @@ class Settings:
                         "turn (adios) or one of them per image (adios-s)", "adios-s",
                         ("none", "mae", "beit", "object", "object-shuffled", "adios", "adios-s"))
     num_masks: int = option("N, the masks that the occluder paints", low=2, high=64)
-    encoder: str = option("what is trained to represent images", "resnet18",
-                         ("resnet18", "resnet50", "vit_tiny"))
+    encoder: str = option("what learns to represent images", "resnet18", tuple(ENCODERS))
     width: int = option("channels of resnet18's first stage", low=1, high=1024)
     small_stem: bool = option("3×3 stem without pooling, for small images")
     occluder_width: int = option("channels c of the occluder's first stage, a multiple of 8",
@@ -102,37 +102,38 @@ class Settings:
     batch_size: int = option("images a step", low=2, high=10**6)
     lr: float = option("peak learning rate of the encoder (AdamW)", low=1e-9, high=10)
     occluder_lr: float = option("peak learning rate of the occluder (AdamW)", low=0, high=10)
+    occluder_share: float = option("share of the run in which the occluder learns; its masks then "
+                                   "stay as they are", low=1e-3, high=1)
     weight_decay: float = option("of both players, biases and norms excepted", 1e-4, low=0, high=10)
     sparsity: float = option("λ, weight of the sparsity penalty", low=0, high=1000)
     temperature: float = option("of NT-Xent", 0.2, low=1e-3, high=1000)
     min_crop: float = option("smallest share of an image that a crop covers", low=1e-3, high=1)
     jitter: float = option("colour jitter s: brightness, contrast and saturation ± 0.8 s, hue "
-                           "± 0.2 s", low=0, high=1.25)
+                           "± 0.2 s", 0.5, low=0, high=1.25)
     blur: float = option("probability of Gaussian blur", low=0, high=1)
     limit: int = option("use only so many training images (0: all)", 0, low=0, high=10**9)
     seed: int = option("of data, weights, order and crops", 0, low=0, high=2**31)
     device: str = option("cpu, cuda, cuda:1, mps or auto, the fastest there is", "auto")
     out: str = option("folder for results (default: runs/<dataset>-<ssl>-<masks>)", "")
-    evaluate: str = option("judge the encoder of this checkpoint, with --dataset on other data", "")
-    finetune: bool = option("with --evaluate: fine-tune the encoder too", False)
     resume: bool = option("go on from the checkpoint in --out", False)
     overwrite: bool = option("replace the run in --out", False)
+    evaluate: str = option("judge the encoder of this checkpoint, with --dataset on other data", "")
+    finetune: bool = option("with --evaluate: fine-tune the encoder, too", False)
 
     def __post_init__(self):
         for f in fields(self):
-            value, limits = getattr(self, f.name), f.metadata
+            value, choices, low = (getattr(self, f.name), *map(f.metadata.get, ("choices", "low")))
             if value is None and self.dataset in PRESETS:
-                value = (PRESETS[self.dataset] | TAMER.get(self.encoder, {})).get(f.name)
+                value = (PRESETS[self.dataset] | ENCODERS.get(self.encoder, {})).get(f.name)
             if f.type is float and type(value) is int:
                 value = float(value)
-            if type(value) is not f.type:
-                raise AdiosError(f"{flag(f.name)} {value!r}: give a {f.type.__name__}")
-            if limits["choices"] and value not in limits["choices"]:
-                raise AdiosError(f"{flag(f.name)} {value}: choose from "
-                                 f"{', '.join(limits['choices'])}")
-            if limits["low"] is not None and not limits["low"] <= value <= limits["high"]:  # or NaN
-                raise AdiosError(f"{flag(f.name)} {value}: give a value from {limits['low']:g} to "
-                                 f"{limits['high']:g}")
+            kind = f.type.__name__
+            right = f"one of {', '.join(choices)}" if choices else f"a value of type {kind}"
+            if low is not None:
+                right += f" from {low} to {f.metadata['high']}"
+            if (type(value) is not f.type or choices and value not in choices
+                    or low is not None and not low <= value <= f.metadata["high"]):
+                raise AdiosError(f"{flag(f.name)} {value}: give {right}")
             setattr(self, f.name, value)
         if self.occluder_width % 8:
             raise AdiosError(f"--occluder-width {self.occluder_width}: give a multiple of 8")
@@ -146,6 +147,11 @@ class Settings:
 def flag(name):
     """The command-line spelling of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def one_line(error):
+    """An exception's message on one line."""
+    return " ".join(str(error).split())
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -189,8 +195,8 @@ INSIDE = {
     "ring": lambda x, y: (x**2 + y**2 - 0.85).abs() < 0.45,
     "square": lambda x, y: x.abs().maximum(y.abs()) < 0.87,
     "triangle": lambda x, y: (y < 0.7) & (y > 1.732 * x.abs() - 1.4),
-    "star": lambda x, y: (x**2 + y**2).sqrt() < 0.62
-    + 1.36 * (torch.atan2(y, x) / (0.4 * math.pi) % 1 - 0.5).abs(),
+    "star": lambda x, y: (x**2 + y**2).sqrt() < 0.62 + 1.36 * (
+        torch.atan2(y, x) / (0.4 * math.pi) % 1 - 0.5).abs(),
     "cross": lambda x, y: (x.abs().minimum(y.abs()) < 0.38) & (x.abs().maximum(y.abs()) < 1.12),
     "heart": lambda x, y: (x**2 + y**2 - 0.85)**3 < 1.3 * x**2 * y**3,
     "moon": lambda x, y: (x**2 + y**2 < 1.5) & ((x - 0.65)**2 + y**2 > 0.65),
@@ -250,58 +256,59 @@ def load_shapes(settings):
     labels, *train = draw_shapes(settings.limit or 4000, size, seed)
     truth, objects, coverage, grounds = draw_shapes(1000, size, seed + 1)
     deal = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
-    challenge = {"original": grounds, "mixed_same": grounds.roll(len(INSIDE), 0),
-                 "mixed_rand": grounds[deal], "only_fg": torch.zeros_like(grounds)}
-    challenge = {name: (compose(objects, coverage, ground), truth)
-                 for name, ground in challenge.items()} | {"only_bg_t": (grounds, truth)}
-    return Data(compose(*train), labels, *challenge["original"], list(INSIDE),
-                train[1][:, 0] >= 0.5, coverage[:, 0] >= 0.5, challenge)
+    behind = {"original": grounds, "mixed_same": grounds.roll(len(INSIDE), 0),
+              "mixed_rand": grounds[deal], "only_fg": torch.zeros_like(grounds)}
+    tests = {name: (compose(objects, coverage, ground), truth) for name, ground in behind.items()}
+    return Data(compose(*train), labels, *tests["original"], list(INSIDE), train[1][:, 0] >= 0.5,
+                coverage[:, 0] >= 0.5, tests | {"only_bg_t": (grounds, truth)})
+
+
+CHALLENGE = ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b",
+             "only_bg_t")
 
 
 def load_files(settings):
-    """The data sets that torchvision downloads and checks, and `folder`, in ImageNet's layout."""
-    size, root = settings.image_size, Path(settings.data_dir)
-    make = {"stl10": lambda train: datasets.STL10(root, "train+unlabeled" if train else "test",
-                                                  download=True),
-            "cifar10": lambda train: datasets.CIFAR10(root, train, download=True),
-            "cifar100": lambda train: datasets.CIFAR100(root, train, download=True),
-            "flowers102": lambda train: datasets.Flowers102(root, "train" if train else "test",
-                                                            download=True),
-            "folder": lambda train: datasets.ImageFolder(root / ("train" if train else "val"))}
+    """What torchvision downloads and checks, and `folder`: ImageNet's layout and, beside train and
+    val, the Backgrounds Challenge's folders where they are there."""
+    size, root, name = settings.image_size, Path(settings.data_dir), settings.dataset
 
-    def read(make_split, *arguments):
+    def read(split):
         try:
-            split = make_split(*arguments)
+            if name == "folder":
+                data = datasets.ImageFolder(root / split)
+            elif name in ("stl10", "flowers102"):
+                make = datasets.STL10 if name == "stl10" else datasets.Flowers102
+                data = make(root, {"train": "train+unlabeled" if name == "stl10" else "train",
+                                   "val": "test"}[split], download=True)
+            else:
+                make = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+                data = make(root, split == "train", download=True)
         except (OSError, RuntimeError) as error:
             need = ("it must hold train/<class>/ and val/<class>/ with images in them"
-                    if settings.dataset == "folder" else
-                    "mend the network, or put the data set's own files there, whole")
+                    if name == "folder" else "mend the network, or put its files there by hand")
             raise AdiosError(f"--data-dir {root}: {one_line(error)}; {need}") from error
-        if isinstance(split, (datasets.ImageFolder, datasets.Flowers102)):
-            files = (split.samples if isinstance(split, datasets.ImageFolder) else
-                     list(zip(split._image_files, split._labels)))
-            images, labels = decode([Path(path) for path, _ in files], size), [n for _, n in files]
-        else:
-            images = torch.from_numpy(split.data)
-            images = images if images.shape[1] == 3 else images.permute(0, 3, 1, 2).contiguous()
-            if images.shape[2] != size:
-                images = torch.cat([TF.resize(part, [size, size]) for part in images.split(1000)])
-            labels = split.labels if settings.dataset == "stl10" else split.targets
-        return images, torch.as_tensor(labels).long(), split.classes
+        if name == "folder":
+            return decode([path for path, _ in data.samples], size), data.targets, data.classes
+        if name == "flowers102":
+            return decode(data._image_files, size), data._labels, data.classes
+        images = torch.from_numpy(data.data)
+        images = images if name == "stl10" else images.permute(0, 3, 1, 2).contiguous()
+        if images.shape[2] != size:
+            images = torch.cat([TF.resize(part, [size, size]) for part in images.split(1000)])
+        return images, data.labels if name == "stl10" else data.targets, data.classes
 
-    *train, classes = read(make[settings.dataset], True)
-    *test, others = read(make[settings.dataset], False)
+    (images, labels, classes), (test_images, test_labels, others) = read("train"), read("val")
     if classes != others:
         odd = ", ".join(sorted(set(classes) ^ set(others)))
         raise AdiosError(f"--data-dir {root}: only one of train and val has the classes {odd}; "
                          "give both the same")
-    data = Data(*train, *test, classes)
-    if settings.dataset == "folder":
-        for name in ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg",
-                     "only_bg_b", "only_bg_t"):
-            for folder in (root / name / "val", root / name):  # as the Challenge's archive has it
-                if folder.is_dir() and name not in data.backgrounds:
-                    data.backgrounds[name] = read(datasets.ImageFolder, folder)[:2]
+    data = Data(images, torch.as_tensor(labels).long(), test_images,
+                torch.as_tensor(test_labels).long(), classes)
+    for variant in CHALLENGE if name == "folder" else ():
+        for split in (f"{variant}/val", variant):  # as in its archive, or plain
+            if (root / split).is_dir() and variant not in data.backgrounds:
+                images, labels, _ = read(split)
+                data.backgrounds[variant] = images, torch.as_tensor(labels)
     return data
 
 
@@ -321,10 +328,10 @@ def decode(paths, size):
                              "take it away") from error
         return TF.pil_to_tensor(image).numpy().tobytes()
 
-    stats = [(str(path.absolute()), path.stat()) for path in paths]
-    place, state = (hashlib.sha256(repr(value).encode()).hexdigest()[:16] for value in
-                    ((str(paths[0].parent.parent.absolute()), size),
-                     [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]))
+    paths = [Path(path).absolute() for path in paths]
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    place, state = (hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+                    for value in ((files[0][0], size), files))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adios"
     cache, half = home / f"{place}-{state}", home / f"half-{os.getpid()}"
     if not cache.exists():
@@ -356,11 +363,6 @@ def load_data(settings):
         raise AdiosError(f"--batch-size {settings.batch_size}: there are {len(data.images)} "
                          "training images; make the batch smaller")
     return data
-
-
-def one_line(error):
-    """An exception's message on one line."""
-    return " ".join(str(error).split())
 
 
 # ---- Two views -----------------------------------------------------------------------------------
@@ -485,15 +487,12 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outer)
         self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outer)
-        self.downsample = None
-        if stride != 1 or inner != outer:
-            self.downsample = nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False),
-                                            nn.BatchNorm2d(outer))
+        self.downsample = nn.Identity() if stride == 1 and inner == outer else nn.Sequential(
+            nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
 
     def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
 
 
 class ResNet18(nn.Module):
@@ -505,9 +504,9 @@ class ResNet18(nn.Module):
         self.conv1 = nn.Conv2d(3, width, *((3, 1, 1) if small_stem else (7, 2, 3)), bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
-        for stage, inner, outer, stride in ((1, 1, 1, 1), (2, 1, 2, 2), (3, 2, 4, 2), (4, 4, 8, 2)):
+        for stage, (inner, outer) in enumerate(((1, 1), (1, 2), (2, 4), (4, 8)), 1):
             self.add_module(f"layer{stage}", nn.Sequential(
-                BasicBlock(inner * width, outer * width, stride),
+                BasicBlock(inner * width, outer * width, 1 if stage == 1 else 2),
                 BasicBlock(outer * width, outer * width, 1)))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -526,14 +525,13 @@ def make_encoder(settings):
     if settings.encoder == "resnet50":
         encoder = torchvision.models.resnet50()
         if settings.small_stem:
-            encoder.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-            encoder.maxpool = nn.Identity()
+            encoder.conv1, encoder.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
         encoder.fc = nn.Identity()
         return encoder, 2048
     patch = max(p for p in range(1, 17) if size % p == 0 and size // p >= 8)
     if patch < 3:
-        raise AdiosError(f"--image-size {size}: vit_tiny needs a size that is divisible by a patch "
-                         "of 3 to 16 pixels with 8 patches or more a side, such as 32, 64 or 96")
+        raise AdiosError(f"--image-size {size}: vit_tiny cuts the image into 8 × 8 patches or "
+                         "more, of 3 to 16 pixels; give such a size, as 32, 64, 96 or 224")
     encoder = torchvision.models.VisionTransformer(size, patch, 12, 3, 192, 4 * 192)
     encoder.heads = nn.Identity()
     return encoder, 192
@@ -547,9 +545,7 @@ def make_encoder(settings):
 
 class Occluder(nn.Module):
     """Views [B, 3, H, H], H from 32 up, to masks [B, N, H, H] in (0, 1) that sum to 1 over N.
-
-    int(log2(H) − 1) stages of c, c, 2c, 2c, 2c, … channels (c = width, a multiple of 8).
-    """
+    It has int(log2(H) − 1) stages of c, c, 2c, 2c, 2c, … channels; c, the width, is 8, 16, …"""
 
     def __init__(self, image_size, num_masks, width=32):
         super().__init__()
@@ -574,8 +570,7 @@ class Occluder(nn.Module):
             x = block(x if stage == 0 else F.interpolate(x, scale_factor=0.5))
             skips.append(x)
         x = self.mlp(x.flatten(1)).view(x.shape)
-        for block in self.up:
-            skip = skips.pop()
+        for block, skip in zip(self.up, skips[::-1]):
             x = block(torch.cat((F.interpolate(x, size=skip.shape[2:]), skip), 1))
         return self.paint(x).float().softmax(1)
 
@@ -597,17 +592,13 @@ def sparsity_penalty(masks):
 
 
 def nt_xent(z_a, z_b, temperature):
-    """NT-Xent (SimCLR, arXiv 2002.05709, equation 1): a scalar from two sets of embeddings
-    [B, D] of any length.
-
-    For each of the 2B embeddings, the cross-entropy of picking its other view among the 2B − 1
-    others by cosine similarity / temperature; the mean over all.
-    """
+    """NT-Xent (SimCLR, arXiv 2002.05709, equation 1) of two views' embeddings [B, D] of any length:
+    for each of the 2B, the cross-entropy of picking its other view among the 2B − 1 others by
+    cosine similarity / temperature; the mean over all."""
     z = F.normalize(torch.cat((z_a, z_b)).float())
     similarity = z @ z.T / temperature  # [2B, 2B]
     similarity.fill_diagonal_(-math.inf)
-    other = torch.arange(len(z), device=z.device).roll(len(z_a))
-    return F.cross_entropy(similarity, other)
+    return F.cross_entropy(similarity, torch.arange(len(z), device=z.device).roll(len(z_a)))
 
 
 def byol_loss(p, z):
@@ -650,8 +641,7 @@ class Siamese(nn.Module):
         if settings.ssl == "simclr":
             self.projector = mlp(width, hidden, 128, norm=False)
         elif settings.ssl == "byol":
-            self.projector = mlp(width, 2 * hidden, 256)
-            self.predictor = mlp(256, 4 * hidden, 256)
+            self.projector, self.predictor = mlp(width, 2 * hidden, 256), mlp(256, 4 * hidden, 256)
             self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector))
             self.target.requires_grad_(False)
         else:
@@ -662,7 +652,7 @@ class Siamese(nn.Module):
     def forward(self, views):
         z = self.projector(self.encoder(views))
         p = self.predictor(z) if self.predictor else z
-        return p, self.target(views) if self.target else z
+        return p, self.target(views.detach()) if self.target else z
 
     @torch.no_grad()
     def follow(self, progress):
@@ -687,9 +677,8 @@ def hide_nothing(view, painted, truth):
 
 def hide_patches(view, painted, truth):
     """MAE (arXiv 2111.06377): 48 of 8 × 8 patches, 75 %, at random."""
-    rank = torch.rand(len(view), 64).argsort(1).argsort(1)
-    patches = (rank < 48).float().view(-1, 1, 8, 8).to(view.device)
-    return F.interpolate(patches, view.shape[2:])
+    hidden = torch.rand(len(view), 64).argsort(1).argsort(1) < 48
+    return F.interpolate(hidden.view(-1, 1, 8, 8).to(view), view.shape[2:])
 
 
 def hide_blocks(view, painted, truth):
@@ -702,12 +691,11 @@ def hide_blocks(view, painted, truth):
         least = missing.clamp_max(0.08 * size**2)
         area = least + (missing - least) * torch.rand(count)
         ratio = uniform(math.log(0.3), -math.log(0.3), count).exp()
-        shape = torch.stack((area * ratio, area / ratio), 1).sqrt().floor().clamp_max(size)
-        first = (torch.rand(count, 2) * (size - shape + 1)).floor()
-        rows, columns = ((line >= a[:, None]) & (line < (a + b)[:, None])
-                         for a, b in zip(first.T, shape.T))
+        shape = torch.stack((area * ratio, area / ratio)).sqrt().floor().clamp_max(size)
+        first = (torch.rand(2, count) * (size - shape + 1)).floor()
+        rows, columns = ((line >= first[:, :, None]) & (line < (first + shape)[:, :, None]))
         hidden |= rows[:, :, None] & columns[:, None, :]
-    return hidden[:, None].to(view.device).float()
+    return hidden[:, None].to(view)
 
 
 def hide_object(view, painted, truth):
@@ -733,6 +721,7 @@ def hide_one(view, painted, truth):
 
 SCHEMES = {"none": hide_nothing, "mae": hide_patches, "beit": hide_blocks, "object": hide_object,
            "object-shuffled": hide_other_object, "adios": hide_all, "adios-s": hide_one}
+LEARNED = ("adios", "adios-s")  # these need an occluder
 
 
 # ---- The game ------------------------------------------------------------------------------------
@@ -746,13 +735,13 @@ class Player:
         trained = [p for p in network.parameters() if p.requires_grad]
         weights, others = ([p for p in trained if (p.ndim > 1) == wide] for wide in (True, False))
         self.optimizer = torch.optim.AdamW([
-            {"params": weights, "weight_decay": settings.weight_decay},
-            {"params": others, "weight_decay": 0.0}])
+            dict(params=weights, weight_decay=settings.weight_decay),
+            dict(params=others, weight_decay=0.0)])
         self.scaler = torch.amp.GradScaler(weights[0].device.type, enabled=dtype == torch.float16)
 
     def step(self, loss, progress):
-        """Descend on the loss. The rate rises linearly over the first tenth of the run (progress,
-        0 to 1) and falls to zero on a cosine."""
+        """Descend on the loss. The rate rises linearly over the first tenth of the player's time
+        (progress, 0 to 1) and falls to zero on a cosine."""
         rise, fall = progress / 0.1, (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * (rise if progress < 0.1 else fall)
@@ -766,34 +755,30 @@ class Player:
 def frozen(model):
     """Let gradients through the model but none into it: its weights and its batch-norm running
     statistics stay as they are (batches are still normalised by their own statistics)."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-
-    def hold(still):
-        for weight in weights:
-            weight.requires_grad_(not still)
-        for norm in norms:
-            norm.track_running_stats = not still
-
-    hold(True)
+    held = [(p, "requires_grad") for p in model.parameters() if p.requires_grad]
+    held += [(m, "track_running_stats") for m in model.modules()
+             if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
     try:
+        for thing, attribute in held:
+            setattr(thing, attribute, False)
         yield
     finally:
-        hold(False)
+        for thing, attribute in held:
+            setattr(thing, attribute, True)
 
 
 class Game:
     """The two players and one batch of their game."""
 
     def __init__(self, settings, mean, std, device):
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.dtype = settings, device, precision(device)
         self.mean, self.std = mean.to(device), std.to(device)
-        self.dtype, self.learned = precision(device), settings.masks in LEARNED
         self.model = Siamese(settings).to(device, memory_format=torch.channels_last)
         self.occluder = Occluder(settings.image_size, settings.num_masks, settings.occluder_width
                                  ).to(device, memory_format=torch.channels_last)
         self.inference = Player(self.model, settings.lr, settings, self.dtype)
         self.occlusion = Player(self.occluder, settings.occluder_lr, settings, self.dtype)
+        self.learned = settings.masks in LEARNED
 
     def parts(self):
         """All that has a state, for checkpoints."""
@@ -810,7 +795,7 @@ class Game:
                 torch.autocast(self.device.type, self.dtype))
 
     def paint(self, view):
-        """The occluder's masks [B, N, H, H] on a view, None where the scheme needs none."""
+        """The occluder's masks [B, N, H, H] on a view; None where the scheme needs none."""
         with self.autocast():
             return self.occluder(view) if self.learned else None
 
@@ -820,7 +805,7 @@ class Game:
         the objective masks. A whole view is encoded once, however many masks there are."""
         compare, masked = OBJECTIVES[self.settings.ssl]
         losses = []
-        for masks, which in zip(hidden, masked):
+        for which, masks in zip(masked, hidden):
             with self.autocast():
                 whole = self.model(views[1 - which])
                 behind = [self.model(views[which] * (1 - mask)) for mask in masks.split(1, 1)]
@@ -839,24 +824,25 @@ class Game:
         with frozen(self.model):
             gain = self.loss(views, hidden)
         gain = gain - self.settings.sparsity * sparsity_penalty(torch.cat(painted)).mean()
-        self.occlusion.step(-gain, progress)
+        self.occlusion.step(-gain, progress / self.settings.occluder_share)
         return gain.detach()
 
     def play(self, images, progress):
         """Both moves on a batch of uint8 images [B, C, H, H] (true masks may be the fourth channel)
-        at `progress` (0 to 1) of the run. Returns, on the device: I's loss, M's gain (NaN where no
-        masks are learned) and the mean area of each mask."""
+        at `progress` (0 to 1) of the run. Returns, on the device: I's loss, M's gain (NaN where it
+        does not move) and the mean area of each mask."""
         views = [augment(images, self.settings) for _ in "AB"]
         truths = [view[:, 3:] for view in views]
         views = [self.normalise(view[:, :3]) for view in views]
-        _, masked = OBJECTIVES[self.settings.ssl]
+        masked = OBJECTIVES[self.settings.ssl][1]
         painted = [self.paint(views[which]) for which in masked]
         hidden = [SCHEMES[self.settings.masks](views[which], masks, truths[which])
                   for which, masks in zip(masked, painted)]
         loss = self.inference_move(views, hidden, progress)
-        # M has not moved since it painted, so its masks still serve
-        gain = (self.occlusion_move(views, hidden, painted, progress) if self.learned else
-                torch.full_like(loss, math.nan))
+        gain = torch.full_like(loss, math.nan)
+        if self.learned and progress < self.settings.occluder_share:
+            # M has not moved since it painted, so its masks still serve
+            gain = self.occlusion_move(views, hidden, painted, progress)
         areas = torch.cat(painted if self.learned else hidden).detach().mean((0, 2, 3))
         return torch.cat((torch.stack((loss, gain)), areas))
 
@@ -884,6 +870,12 @@ def features(game, images):
     return torch.cat(parts)
 
 
+def labelled_features(game, data):
+    """Features and labels of the training images that have a label."""
+    rows = data.labels >= 0
+    return features(game, data.images[rows]), data.labels[rows].to(game.device)
+
+
 @torch.no_grad()
 def paint(game, images, truth=None):
     """What is hidden of uint8 images [n, 3, H, H]: the occluder's masks [n, N, H, H] or, where none
@@ -900,8 +892,11 @@ def top(scores, labels, k=1):
     return (scores.topk(k).indices == labels[:, None]).any(1).float().mean().item()
 
 
-def knn_votes(train_features, train_labels, test_features, k, temperature):
-    """What `knn_accuracy` counts: votes [m, C] for the C classes."""
+def knn_votes(train_features, train_labels, test_features, k=20, temperature=0.07):
+    """Weighted k-NN (arXiv 1805.01978, section 3.4): votes [m, C] for C classes from features
+    [n, D] and [m, D] of any length and labels int64 [n]. The k nearest training features by cosine
+    similarity s (all, if there are fewer) vote with weight exp(s / temperature). Raises ValueError
+    where a label is negative: an unlabelled image."""
     if (train_labels < 0).any():
         raise ValueError("unlabelled images (label -1) among the k-NN's training features")
     bank, votes = F.normalize(train_features), []
@@ -914,12 +909,7 @@ def knn_votes(train_features, train_labels, test_features, k, temperature):
 
 
 def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20, temperature=0.07):
-    """Weighted k-NN (arXiv 1805.01978, section 3.4): the share of test labels got right, 0 to 1.
-
-    Features [n, D] and [m, D] of any length, labels int64 [n] and [m]. The k nearest training
-    features by cosine similarity s (all, if there are fewer) vote with weight exp(s / temperature).
-    Raises ValueError where a training label is negative: an unlabelled image.
-    """
+    """The share, 0 to 1, of test labels int64 [m] that the votes of `knn_votes` get right."""
     return top(knn_votes(train_features, train_labels, test_features, k, temperature), test_labels)
 
 
@@ -932,25 +922,17 @@ def object_iou(masks, truth):
     return (both / either.clamp_min(1)).amax(1).mean().item()
 
 
-@torch.no_grad()
-def embedding_spread(game, found):
-    """Standard deviation of the normalised embeddings of features [n, D'], mean over their D
-    dimensions, times √D: 1 where they spread evenly over the sphere, 0 where they collapsed."""
-    z = F.normalize(game.model.eval().projector(found))
-    game.model.train()
-    return z.std(0).mean().item() * math.sqrt(z.shape[1])
-
-
-def labelled_features(game, data):
-    """Features and labels of the training images that have a label."""
-    rows = data.labels >= 0
-    return features(game, data.images[rows]), data.labels[rows].to(game.device)
+def embedding_spread(z):
+    """Standard deviation of embeddings [n, D] once normalised, mean over the dimensions, times √D:
+    1 where they are spread evenly over the sphere, 0 where they collapsed."""
+    return F.normalize(z).std(0).mean().item() * math.sqrt(z.shape[1])
 
 
 JUDGES = {"knn": "k-NN", "knn_shuffled_background": "k-NN, shuffled backgrounds",
           "object_iou": "object IoU of the masks", "embedding_spread": "embedding spread"}
 
 
+@torch.no_grad()
 def judge(game, data):
     """The scores on the test images, by name, each from 0 to 1; None where the data set has no
     truth to judge by, or the scheme no learned masks."""
@@ -964,8 +946,237 @@ def judge(game, data):
     if data.test_masks is not None and game.learned:
         scores["object_iou"] = object_iou(paint(game, data.test_images),
                                           data.test_masks.to(game.device))
-    scores["embedding_spread"] = embedding_spread(game, found)
+    scores["embedding_spread"] = embedding_spread(game.model.eval().projector(found))
+    game.model.train()
     return scores
+
+
+# ---- The pictures --------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, told apart by the colour-blind too; mask n has the n-th everywhere.
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+
+
+def plot_masks(images, masks, path=None):
+    """Draw images, uint8 [n, 3, H, W], a column each: the image, what each of its masks
+    [n, N, H, W] hides, and all of them over it. Returns the figure; saves it if given a path."""
+    images, masks = images.cpu().float() / 255, masks.cpu().float()
+    palette = torch.tensor([to_rgb(COLOURS[n % len(COLOURS)]) for n in range(masks.shape[1])])
+    rows = {"image": images} | {f"mask {n + 1}": mask[:, None].expand(-1, 3, -1, -1)
+                                for n, mask in enumerate(masks.unbind(1))}
+    rows["all masks"] = 0.35 * images + 0.65 * torch.einsum("bnhw,nc->bchw", masks, palette)
+    figure = Figure(figsize=(1.1 * len(images) + 0.9, 1.13 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
+    for n, (line, (title, pictures)) in enumerate(zip(axes, rows.items())):
+        line[0].set_ylabel(title, fontsize=11)
+        for axis, picture in zip(line, pictures):
+            axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            if title.startswith("mask"):
+                axis.spines[:].set(color=COLOURS[(n - 1) % len(COLOURS)], linewidth=2.5)
+    if path:
+        figure.savefig(path, dpi=110)
+    return figure
+
+
+def plot_curves(log, path=None):
+    """Draw a log (a dict per epoch, as log.csv has it): losses, mask areas and the judges' scores.
+    Returns the figure; saves it if given a path."""
+    panels = (("losses", "nats", {"loss": "I's loss, L", "gain": "M's gain, L − λp"}),
+              ("mask areas", "share of the image",
+               {key: f"mask {key[5:]}" for key in log[-1] if key.startswith("area")}),
+              ("judges", "accuracy, IoU", JUDGES))
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    for axis, (title, unit, curves) in zip(figure.subplots(1, 3), panels):
+        for colour, (key, label) in zip(COLOURS, curves.items()):
+            points = [(row["epoch"], row[key]) for row in log if row[key] is not None]
+            if points:
+                axis.plot(*zip(*points), "o-", color=colour, label=label, markersize=3)
+        axis.set(title=title, xlabel="epoch", ylabel=unit, ylim=None if unit == "nats" else (0, 1))
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    if path:
+        figure.savefig(path, dpi=110)
+    return figure
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """The torch device of that name, or for `auto` the fastest that there is."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise AdiosError(f"--device {name} cannot be used here ({one_line(error)[:80]}): "
+                         "leave it out, or give cpu") from error
+
+
+def make_out(settings):
+    """The folder for results, made."""
+    try:
+        Path(settings.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdiosError(f"--out {settings.out} cannot be made ({error.strerror}): name another"
+                         ) from error
+    return Path(settings.out)
+
+
+def save_checkpoint(path, game, log, seconds):
+    """Write a checkpoint, whole or not at all: to a file beside it that then takes its name."""
+    state = dict(settings=asdict(game.settings), mean=game.mean.cpu(), std=game.std.cpu(), log=log,
+                 seconds=seconds, players=[part.state_dict() for part in game.parts()])
+    half = path.with_suffix(".part")
+    with open(half, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
+
+
+def read_checkpoint(path):
+    """A checkpoint's content; runs no code from it."""
+    if not Path(path).exists():
+        raise AdiosError(f"there is no checkpoint {path}: train first, without --resume")
+    try:
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore")
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        return state | {"settings": dict(state["settings"])}
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        raise AdiosError(f"{path} is damaged or no checkpoint of adios.py's: begin anew with "
+                         "--overwrite or another --out") from error
+
+
+def resume(state, game):
+    """Put the game where a checkpoint left it; returns (log, seconds)."""
+    odd = [f"{flag(name)} {state['settings'].get(name)}"
+           for name, value in asdict(game.settings).items()
+           if state["settings"].get(name) != value
+           and name not in ("data_dir", "device", "out", "resume", "overwrite")]
+    if odd:
+        raise AdiosError(f"--resume: the checkpoint is of other settings: give {' '.join(odd)}")
+    for part, value in zip(game.parts(), state["players"]):
+        part.load_state_dict(value)
+    return state["log"], state["seconds"]
+
+
+@contextlib.contextmanager
+def ctrl_c():
+    """Gives a list that Ctrl-C fills, so that a run stops between two steps, not in the midst of
+    writing a file. A second Ctrl-C breaks off at once."""
+    asked, main = [], threading.current_thread() is threading.main_thread()
+
+    def note(*_):
+        asked.append(True)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note) if main else None
+    try:
+        yield asked
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+def train_epoch(game, data, epoch, announce, stop):
+    """Play an epoch (from 1) and show it; returns its row of the log. Order and crops follow from
+    seed and epoch alone, so that a resumed run goes on as if it had not stopped. Raises
+    KeyboardInterrupt once there is something in the list `stop`."""
+    size, epochs = game.settings.batch_size, game.settings.epochs
+    torch.manual_seed(game.settings.seed * 2**20 + epoch)
+    order = torch.randperm(len(data.images))
+    batches = order[:len(order) // size * size].split(size)
+    start, total, left = time.perf_counter(), 0, epochs - epoch + 1
+    with tqdm(total=len(batches) * size, unit="img", desc=f"epoch {epoch}/{epochs}",
+              leave=epoch == epochs) as bar:
+        for i, rows in enumerate(batches):
+            if stop:
+                raise KeyboardInterrupt
+            rows = rows.to(data.images.device)
+            images = data.images[rows].to(game.device, non_blocking=True)
+            if game.settings.masks.startswith("object"):
+                images = torch.cat((images, 255 * data.masks[rows, None].to(images)), 1)
+            now = game.play(images, (epoch - 1 + i / len(batches)) / epochs)
+            total = total + now
+            bar.update(size)
+            if i % 10 == 0:  # to read the numbers is to wait for the device
+                loss, gain, *areas = now.tolist()
+                bar.set_postfix_str(f"I {loss:.2f}, M {gain:.2f}, areas "
+                                    + " ".join(f"{area:.2f}" for area in areas))
+            if announce and i == min(10, len(batches) - 1):
+                seconds = (time.perf_counter() - start) / (i + 1) * len(batches) * left
+                bar.write(f"{left} epochs will take about {tqdm.format_interval(seconds)}")
+    loss, gain, *areas = (total / len(batches)).tolist()
+    return dict(epoch=epoch, loss=loss, gain=None if math.isnan(gain) else gain,
+                **{f"area_{n + 1}": area for n, area in enumerate(areas)},
+                images_per_second=len(batches) * size / (time.perf_counter() - start))
+
+
+def train(settings):
+    """Play the whole game and judge it; returns what results.json holds.
+
+    masks.png, curves.png, log.csv, checkpoint.pt and in the end results.json are in settings.out,
+    renewed as it goes. Raises AdiosError for settings or files that do not do.
+    """
+    device, path = pick_device(settings.device), Path(settings.out) / "checkpoint.pt"
+    if path.exists() and not (settings.resume or settings.overwrite):
+        raise AdiosError(f"--out {settings.out} holds a run already: give --resume to go on with "
+                         "it, --overwrite to replace it, or another --out")
+    state = read_checkpoint(path) if settings.resume else None
+    data = load_data(settings)
+    torch.manual_seed(settings.seed)
+    game = Game(settings, *data.statistics(), device)
+    data.to(device)
+    weights, more = (sum(p.numel() for p in network.parameters()) / 1e6
+                     for network in (game.model.encoder, game.occluder))
+    print(f"{settings.dataset}: {len(data.images):,} images of {settings.image_size} px in "
+          f"{len(data.classes)} classes | {settings.ssl}, {settings.masks}, {settings.num_masks} "
+          f"masks | {settings.encoder} with {weights:.2f} M parameters, occluder with {more:.2f} M "
+          f"| {device}, {str(game.dtype)[6:]}")
+    untrained = {f"{name}_untrained": score for name, score in judge(game, data).items()}
+    log, seconds = resume(state, game) if state else ([], 0.0)
+    out = make_out(settings)
+    if not state:
+        save_checkpoint(path, game, log, seconds)
+    some = slice(0, None, max(1, len(data.test_images) // 12))
+    shown = data.test_images[some][:12]
+    truth = None if data.test_masks is None else data.test_masks[some][:12]
+    first = len(log) + 1
+    try:
+        with ctrl_c() as stop:
+            for epoch in range(first, settings.epochs + 1):
+                start = time.perf_counter()
+                row = train_epoch(game, data, epoch, epoch == first, stop)
+                due = epoch % max(1, settings.epochs // 4) == 0 or epoch == settings.epochs
+                log.append(row | (judge(game, data) if due else dict.fromkeys(JUDGES)))
+                if due:
+                    plot_curves(log, out / "curves.png")
+                    plot_masks(shown, paint(game, shown, truth), out / "masks.png")
+                with open(out / "log.csv", "w", newline="") as file:
+                    writer = csv.DictWriter(file, log[0])
+                    writer.writeheader()
+                    writer.writerows(log)
+                seconds += time.perf_counter() - start
+                save_checkpoint(path, game, log, seconds)
+    except KeyboardInterrupt:
+        print(f"\nstopped: {path} holds {len(log)} of {settings.epochs} epochs; "
+              "--resume goes on from there", file=sys.stderr)
+        raise
+    results = {**{name: log[-1][name] for name in JUDGES}, **untrained, "seconds": seconds,
+               "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
+               "settings": asdict(settings)}
+    torch.save(game.model.encoder.state_dict(), out / "encoder.pt")
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+# What the paper judges a trained encoder by: classification, clustering, backgrounds, transfer.
 
 
 def linear_probe(found, labels, classes):
@@ -1059,7 +1270,7 @@ def evaluate(settings):
     bank, labels = labelled_features(game, data)
     found, truth = features(game, data.test_images), data.test_labels.to(device)
     probe = linear_probe(bank, labels, len(data.classes))
-    scores = {"knn": knn_votes(bank, labels, found, 20, 0.07), "linear": probe(found)}
+    scores = {"knn": knn_votes(bank, labels, found), "linear": probe(found)}
     if settings.finetune:
         scores["finetuned"] = finetune(game, data)
     results = {}
@@ -1078,211 +1289,6 @@ def evaluate(settings):
                                                     indent=2) + "\n")
     print("\n".join(f"{name:24}{value:8.3f}" for name, value in results.items())
           + f"\n\n{out / 'evaluation.json'} holds the same")
-    return results
-
-
-# ---- The pictures --------------------------------------------------------------------------------
-
-# Okabe and Ito's colours, told apart by the colour-blind too; mask n has the n-th everywhere.
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
-
-
-def plot_masks(images, masks, path=None):
-    """Draw images, uint8 [n, 3, H, W], a column each: the image, what each of its masks
-    [n, N, H, W] hides, and all of them over it. Returns the figure; saves it if given a path."""
-    images, masks = images.cpu().float() / 255, masks.cpu().float()
-    palette = torch.tensor([to_rgb(COLOURS[n % len(COLOURS)]) for n in range(masks.shape[1])])
-    rows = {"image": images} | {f"mask {n + 1}": mask[:, None].expand(-1, 3, -1, -1)
-                                for n, mask in enumerate(masks.unbind(1))}
-    rows["all masks"] = 0.35 * images + 0.65 * torch.einsum("bnhw,nc->bchw", masks, palette)
-    figure = Figure(figsize=(1.1 * len(images) + 0.9, 1.13 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(images), squeeze=False)
-    for n, (line, (title, pictures)) in enumerate(zip(axes, rows.items())):
-        line[0].set_ylabel(title, fontsize=11)
-        for axis, picture in zip(line, pictures):
-            axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            if title.startswith("mask"):
-                axis.spines[:].set(color=COLOURS[(n - 1) % len(COLOURS)], linewidth=2.5)
-    if path:
-        figure.savefig(path, dpi=110)
-    return figure
-
-
-def plot_curves(log, path=None):
-    """Draw a log (a dict per epoch, as log.csv has it): losses, mask areas and the judges' scores.
-    Returns the figure; saves it if given a path."""
-    panels = (("losses", "nats", {"loss": "I's loss, L", "gain": "M's gain, L − λp"}),
-              ("mask areas", "share of the image",
-               {key: f"mask {key[5:]}" for key in log[-1] if key.startswith("area")}),
-              ("judges", "accuracy, IoU", JUDGES))
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    for axis, (title, unit, curves) in zip(figure.subplots(1, 3), panels):
-        for colour, (key, label) in zip(COLOURS, curves.items()):
-            points = [(row["epoch"], row[key]) for row in log if row[key] is not None]
-            if points:
-                axis.plot(*zip(*points), "o-", color=colour, label=label, markersize=3)
-        axis.set(title=title, xlabel="epoch", ylabel=unit)
-        if unit != "nats":
-            axis.set_ylim(0, 1)
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    if path:
-        figure.savefig(path, dpi=110)
-    return figure
-
-
-# ---- Training ------------------------------------------------------------------------------------
-
-
-def pick_device(name):
-    """The torch device of that name, or for `auto` the fastest that there is."""
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise AdiosError(f"--device {name} cannot be used here ({one_line(error)[:80]}): "
-                         "leave it out, or give cpu") from error
-
-
-def make_out(settings):
-    """The folder for results, made."""
-    try:
-        Path(settings.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AdiosError(f"--out {settings.out} cannot be made ({error.strerror}): name another"
-                         ) from error
-    return Path(settings.out)
-
-
-def save_checkpoint(path, game, log, seconds):
-    """Write a checkpoint, whole or not at all: to a file beside it that then takes its name."""
-    state = dict(settings=asdict(game.settings), mean=game.mean.cpu(), std=game.std.cpu(), log=log,
-                 seconds=seconds, players=[part.state_dict() for part in game.parts()])
-    half = path.with_suffix(".part")
-    # in a thread, which Ctrl-C does not reach: it would abort the process within torch.save
-    with open(half, "wb") as file, ThreadPoolExecutor(1) as writer:
-        writer.submit(torch.save, state, file).result()
-        file.flush()
-        os.fsync(file.fileno())
-    half.replace(path)
-
-
-def read_checkpoint(path):
-    """A checkpoint's content; runs no code from it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        return state if state["settings"] else None
-    except FileNotFoundError as error:
-        raise AdiosError(f"there is no checkpoint {path}: train first, without --resume or "
-                         "--evaluate") from error
-    except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        raise AdiosError(f"{path} is damaged or no checkpoint of adios.py's: begin anew with "
-                         "--overwrite or another --out") from error
-
-
-def resume(state, game):
-    """Put the game where a checkpoint left it; returns (log, seconds)."""
-    odd = [f"{flag(name)} {state['settings'].get(name)}"
-           for name, value in asdict(game.settings).items()
-           if state["settings"].get(name) != value
-           and name not in ("data_dir", "device", "out", "resume", "overwrite")]
-    if odd:
-        raise AdiosError(f"--resume: the checkpoint is of other settings: give {' '.join(odd)}")
-    for part, value in zip(game.parts(), state["players"]):
-        part.load_state_dict(value)
-    return state["log"], state["seconds"]
-
-
-def train_epoch(game, data, epoch, announce):
-    """Play an epoch (from 1) and show it; returns its row of the log. Order and crops follow from
-    seed and epoch alone, so that a resumed run goes on as if it had not stopped."""
-    size, epochs = game.settings.batch_size, game.settings.epochs
-    torch.manual_seed(game.settings.seed * 2**20 + epoch)
-    order = torch.randperm(len(data.images))
-    batches = order[:len(order) // size * size].split(size)
-    start, total, left = time.perf_counter(), 0, epochs - epoch + 1
-    with tqdm(total=len(batches) * size, unit="img", desc=f"epoch {epoch}/{epochs}",
-              leave=epoch == epochs) as bar:
-        for i, rows in enumerate(batches):
-            rows = rows.to(data.images.device)
-            images = data.images[rows].to(game.device, non_blocking=True)
-            if game.settings.masks.startswith("object"):
-                images = torch.cat((images, 255 * data.masks[rows, None].to(images)), 1)
-            now = game.play(images, (epoch - 1 + i / len(batches)) / epochs)
-            total = total + now
-            bar.update(size)
-            if i % 10 == 0:  # to read the numbers is to wait for the device
-                loss, gain, *areas = now.tolist()
-                bar.set_postfix_str(f"I {loss:.2f}, M {gain:.2f}, areas "
-                                    + " ".join(f"{area:.2f}" for area in areas))
-            if announce and i == min(10, len(batches) - 1):
-                seconds = (time.perf_counter() - start) / (i + 1) * len(batches) * left
-                bar.write(f"{left} epochs will take about {tqdm.format_interval(seconds)}")
-    loss, gain, *areas = (total / len(batches)).tolist()
-    return dict(epoch=epoch, loss=loss, gain=gain,
-                **{f"area_{n + 1}": area for n, area in enumerate(areas)},
-                images_per_second=len(batches) * size / (time.perf_counter() - start))
-
-
-def train(settings):
-    """Play the whole game and judge it; returns what results.json holds.
-
-    masks.png, curves.png, log.csv, checkpoint.pt and in the end results.json are in settings.out,
-    renewed as it goes. Raises AdiosError for settings or files that do not do.
-    """
-    device, path = pick_device(settings.device), Path(settings.out) / "checkpoint.pt"
-    if path.exists() and not (settings.resume or settings.overwrite):
-        raise AdiosError(f"--out {settings.out} holds a run already: give --resume to go on with "
-                         "it, --overwrite to replace it, or another --out")
-    state = read_checkpoint(path) if settings.resume else None
-    data = load_data(settings)
-    torch.manual_seed(settings.seed)
-    game = Game(settings, *data.statistics(), device)
-    data.to(device)
-    weights, more = (sum(p.numel() for p in network.parameters()) / 1e6
-                     for network in (game.model.encoder, game.occluder))
-    print(f"{settings.dataset}: {len(data.images):,} images of {settings.image_size} px in "
-          f"{len(data.classes)} classes | {settings.ssl}, {settings.masks}, {settings.num_masks} "
-          f"masks | {settings.encoder} with {weights:.2f} M parameters, occluder with {more:.2f} M "
-          f"| {device}, {str(game.dtype)[6:]}")
-    untrained = {f"{name}_untrained": score for name, score in judge(game, data).items()}
-    log, seconds = resume(state, game) if state else ([], 0.0)
-    out = make_out(settings)
-    if not state:
-        save_checkpoint(path, game, log, seconds)
-    some = slice(0, None, max(1, len(data.test_images) // 12))
-    shown = data.test_images[some][:12]
-    truth = None if data.test_masks is None else data.test_masks[some][:12]
-    first = len(log) + 1
-    try:
-        for epoch in range(first, settings.epochs + 1):
-            start = time.perf_counter()
-            row = train_epoch(game, data, epoch, announce=epoch == first)
-            due = epoch % max(1, settings.epochs // 4) == 0 or epoch == settings.epochs
-            log.append(row | (judge(game, data) if due else dict.fromkeys(JUDGES)))
-            if due:
-                plot_curves(log, out / "curves.png")
-                plot_masks(shown, paint(game, shown, truth), out / "masks.png")
-            with open(out / "log.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, log[0])
-                writer.writeheader()
-                writer.writerows(log)
-            seconds += time.perf_counter() - start
-            save_checkpoint(path, game, log, seconds)
-    except KeyboardInterrupt:
-        print(f"\nstopped: {path} holds {len(log)} of {settings.epochs} epochs; "
-              "--resume goes on from there", file=sys.stderr)
-        raise
-    results = {**{name: log[-1][name] for name in JUDGES}, **untrained, "seconds": seconds,
-               "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
-               "settings": asdict(settings)}
-    torch.save(game.model.encoder.state_dict(), out / "encoder.pt")
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
