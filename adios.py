@@ -57,7 +57,7 @@ from tqdm.auto import tqdm
 # it gives no default, the data set does.
 
 SHAPES = dict(image_size=32, width=16, small_stem=False, occluder_width=8, num_masks=2, lr=3e-3,
-              occluder_lr=2e-3, occluder_share=0.5, sparsity=0.02, epochs=20, batch_size=128,
+              occluder_lr=2e-3, occluder_share=0.5, sparsity=0.2, epochs=20, batch_size=128,
               min_crop=0.3, blur=0.0)
 CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_masks=4, lr=2e-3,
              occluder_lr=1e-3, occluder_share=1.0, sparsity=0.1, epochs=100, batch_size=256,
@@ -122,7 +122,7 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            value, choices, low = (getattr(self, f.name), *map(f.metadata.get, ("choices", "low")))
+            value, choices, low = getattr(self, f.name), f.metadata["choices"], f.metadata["low"]
             if value is None and self.dataset in PRESETS:
                 value = (PRESETS[self.dataset] | ENCODERS.get(self.encoder, {})).get(f.name)
             if f.type is float and type(value) is int:
@@ -214,7 +214,7 @@ def draw_shapes(count, size, seed):
     """
     rng = torch.Generator().manual_seed(seed)
 
-    def uniform(low, high):
+    def draw(low, high):
         return low + (high - low) * torch.rand(count, generator=rng, dtype=torch.float64)
 
     def colours(hue, saturation, value):
@@ -222,14 +222,14 @@ def draw_shapes(count, size, seed):
         return (255 * torch.from_numpy(rgb)).round()[:, :, None, None]
 
     labels = torch.arange(count) % len(INSIDE)
-    turn, radius = uniform(0, 2 * math.pi), size * uniform(0.30, 0.37)
-    centre_x, centre_y = size * uniform(0.4, 0.6), size * uniform(0.4, 0.6)
-    deep = uniform(0, 1) < 0.5  # objects are deep or pale, backgrounds in between
-    objects = colours(uniform(0, 1), torch.where(deep, uniform(0.6, 1), uniform(0, 0.35)),
-                      torch.where(deep, uniform(0.1, 0.4), uniform(0.9, 1)))
-    tells = uniform(0, 1) < 0.9  # whether the background's hue goes with the class
-    hue = torch.where(tells, labels, (uniform(0, 1) * len(INSIDE)).long()) / len(INSIDE)
-    backgrounds = colours(hue + uniform(-0.02, 0.02), uniform(0.5, 0.6), uniform(0.65, 0.75))
+    turn, radius = draw(0, 2 * math.pi), size * draw(0.30, 0.37)
+    centre_x, centre_y = size * draw(0.4, 0.6), size * draw(0.4, 0.6)
+    deep = draw(0, 1) < 0.5  # objects are deep or pale, backgrounds in between
+    objects = colours(draw(0, 1), torch.where(deep, draw(0.6, 1), draw(0, 0.35)),
+                      torch.where(deep, draw(0.1, 0.4), draw(0.9, 1)))
+    tells = draw(0, 1) < 0.9  # whether the background's hue goes with the class
+    hue = torch.where(tells, labels, (draw(0, 1) * len(INSIDE)).long()) / len(INSIDE)
+    backgrounds = colours(hue + draw(-0.02, 0.02), draw(0.5, 0.6), draw(0.65, 0.75))
     grain = torch.randint(-10, 11, (count, 1, size, size), generator=rng)
 
     points = (torch.arange(2 * size, dtype=torch.float64) + 0.5) / 2  # 2 × 2 samples a pixel
@@ -253,18 +253,29 @@ def compose(objects, coverage, backgrounds):
 def load_shapes(settings):
     """4,000 images to train on (or `limit`) and 1,000 to test."""
     size, seed = settings.image_size, 2 * settings.seed
-    labels, *train = draw_shapes(settings.limit or 4000, size, seed)
-    truth, objects, coverage, grounds = draw_shapes(1000, size, seed + 1)
+    labels, objects, coverage, grounds = draw_shapes(settings.limit or 4000, size, seed)
+    images, masks = compose(objects, coverage, grounds), coverage[:, 0] >= 0.5
+    test_labels, objects, coverage, grounds = draw_shapes(1000, size, seed + 1)
     deal = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
-    behind = {"original": grounds, "mixed_same": grounds.roll(len(INSIDE), 0),
+    behind = {"original": grounds, "mixed_same": grounds.roll(len(INSIDE), 0),  # labels take turns
               "mixed_rand": grounds[deal], "only_fg": torch.zeros_like(grounds)}
-    tests = {name: (compose(objects, coverage, ground), truth) for name, ground in behind.items()}
-    return Data(compose(*train), labels, *tests["original"], list(INSIDE), train[1][:, 0] >= 0.5,
-                coverage[:, 0] >= 0.5, tests | {"only_bg_t": (grounds, truth)})
+    tests = {name: compose(objects, coverage, ground) for name, ground in behind.items()}
+    tests["only_bg_t"] = grounds
+    return Data(images, labels, tests["original"], test_labels, list(INSIDE), masks=masks,
+                test_masks=coverage[:, 0] >= 0.5,
+                backgrounds={name: (test, test_labels) for name, test in tests.items()})
 
 
 CHALLENGE = ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b",
              "only_bg_t")
+OPEN = {  # from the folder and "train", "val" or, of `folder`, a part of the Challenge
+    "stl10": lambda root, split: datasets.STL10(
+        root, "train+unlabeled" if split == "train" else "test", download=True),
+    "cifar10": lambda root, split: datasets.CIFAR10(root, split == "train", download=True),
+    "cifar100": lambda root, split: datasets.CIFAR100(root, split == "train", download=True),
+    "flowers102": lambda root, split: datasets.Flowers102(
+        root, "train" if split == "train" else "test", download=True),
+    "folder": lambda root, split: datasets.ImageFolder(root / split)}
 
 
 def load_files(settings):
@@ -274,41 +285,34 @@ def load_files(settings):
 
     def read(split):
         try:
-            if name == "folder":
-                data = datasets.ImageFolder(root / split)
-            elif name in ("stl10", "flowers102"):
-                make = datasets.STL10 if name == "stl10" else datasets.Flowers102
-                data = make(root, {"train": "train+unlabeled" if name == "stl10" else "train",
-                                   "val": "test"}[split], download=True)
-            else:
-                make = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-                data = make(root, split == "train", download=True)
+            data = OPEN[name](root, split)
         except (OSError, RuntimeError) as error:
             need = ("it must hold train/<class>/ and val/<class>/ with images in them"
                     if name == "folder" else "mend the network, or put its files there by hand")
             raise AdiosError(f"--data-dir {root}: {one_line(error)}; {need}") from error
         if name == "folder":
-            return decode([path for path, _ in data.samples], size), data.targets, data.classes
-        if name == "flowers102":
-            return decode(data._image_files, size), data._labels, data.classes
-        images = torch.from_numpy(data.data)
-        images = images if name == "stl10" else images.permute(0, 3, 1, 2).contiguous()
-        if images.shape[2] != size:
-            images = torch.cat([TF.resize(part, [size, size]) for part in images.split(1000)])
-        return images, data.labels if name == "stl10" else data.targets, data.classes
+            images, labels = decode([path for path, _ in data.samples], size), data.targets
+        elif name == "flowers102":
+            images, labels = decode(data._image_files, size), data._labels
+        else:
+            images, labels = torch.from_numpy(data.data), getattr(data, "labels", None)
+            if name != "stl10":
+                images, labels = images.permute(0, 3, 1, 2).contiguous(), data.targets
+            if images.shape[2] != size:
+                images = torch.cat([TF.resize(part, [size, size]) for part in images.split(1000)])
+        return images, torch.as_tensor(labels).long(), data.classes
 
-    (images, labels, classes), (test_images, test_labels, others) = read("train"), read("val")
+    *train, classes = read("train")
+    *test, others = read("val")
     if classes != others:
         odd = ", ".join(sorted(set(classes) ^ set(others)))
         raise AdiosError(f"--data-dir {root}: only one of train and val has the classes {odd}; "
                          "give both the same")
-    data = Data(images, torch.as_tensor(labels).long(), test_images,
-                torch.as_tensor(test_labels).long(), classes)
-    for variant in CHALLENGE if name == "folder" else ():
-        for split in (f"{variant}/val", variant):  # as in its archive, or plain
-            if (root / split).is_dir() and variant not in data.backgrounds:
-                images, labels, _ = read(split)
-                data.backgrounds[variant] = images, torch.as_tensor(labels)
+    data = Data(*train, *test, classes)
+    for part in CHALLENGE if name == "folder" else ():
+        for split in (part, f"{part}/val"):  # plain, or as in its archive
+            if (root / split).is_dir() and not (split == part and (root / part / "val").is_dir()):
+                data.backgrounds[part] = read(split)[:2]
     return data
 
 
@@ -415,7 +419,7 @@ def shift_hue(images, shift):
     hue = 6 * shift[:, 0] + torch.where(  # in sixths of a turn
         value == images[:, 0], green - blue,
         torch.where(value == images[:, 1], 2 + blue - red, 4 + red - green))
-    waves = ((hue + n) % 6 for n in (5, 3, 1))
+    waves = ((hue + n) % 6 for n in (5, 3, 1))  # channel = V − C · clip(min(k, 4 − k), 0, 1)
     return torch.stack([value - chroma * k.minimum(4 - k).clamp(0, 1) for k in waves], 1)
 
 
@@ -545,7 +549,8 @@ def make_encoder(settings):
 
 class Occluder(nn.Module):
     """Views [B, 3, H, H], H from 32 up, to masks [B, N, H, H] in (0, 1) that sum to 1 over N.
-    It has int(log2(H) − 1) stages of c, c, 2c, 2c, 2c, … channels; c, the width, is 8, 16, …"""
+    It has int(log2(H) − 1) stages of c, c, 2c, 2c, 2c, … channels; c, the width, is 8, 16, …:
+    at H 32 and c 8, 8, 8, 16 and 16 down to 4 × 4 pixels, and the same up again."""
 
     def __init__(self, image_size, num_masks, width=32):
         super().__init__()
@@ -562,7 +567,7 @@ class Occluder(nn.Module):
         flat = channels[-1] * (image_size // 2**(depth - 1))**2
         self.mlp = nn.Sequential(nn.Linear(flat, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
                                  nn.Linear(128, flat), nn.ReLU())
-        self.paint = nn.Conv2d(width, num_masks, 1)
+        self.to_masks = nn.Conv2d(width, num_masks, 1)
 
     def forward(self, x):
         skips = []
@@ -572,7 +577,7 @@ class Occluder(nn.Module):
         x = self.mlp(x.flatten(1)).view(x.shape)
         for block, skip in zip(self.up, skips[::-1]):
             x = block(torch.cat((F.interpolate(x, size=skip.shape[2:]), skip), 1))
-        return self.paint(x).float().softmax(1)
+        return self.to_masks(x).float().softmax(1)
 
 
 def sparsity_penalty(masks):
@@ -592,25 +597,24 @@ def sparsity_penalty(masks):
 
 
 def nt_xent(z_a, z_b, temperature):
-    """NT-Xent (SimCLR, arXiv 2002.05709, equation 1) of two views' embeddings [B, D] of any length:
-    for each of the 2B, the cross-entropy of picking its other view among the 2B − 1 others by
-    cosine similarity / temperature; the mean over all."""
+    """NT-Xent (SimCLR, arXiv 2002.05709, equation 1) of two views' embeddings [B, D], normalised
+    here: for each of the 2B, the cross-entropy of picking its other view among the 2B − 1 others
+    by cosine similarity / temperature; the mean over all."""
     z = F.normalize(torch.cat((z_a, z_b)).float())
     similarity = z @ z.T / temperature  # [2B, 2B]
     similarity.fill_diagonal_(-math.inf)
     return F.cross_entropy(similarity, torch.arange(len(z), device=z.device).roll(len(z_a)))
 
 
-def byol_loss(p, z):
-    """BYOL (arXiv 2006.07733, equation 2): mean of 2 − 2 cos(p, z), in [0, 4], over predictions and
-    targets [B, D] of any length; no gradient goes to z."""
-    return (2 - 2 * F.cosine_similarity(p.float(), z.detach().float())).mean()
-
-
 def simsiam_loss(p, z):
-    """SimSiam (arXiv 2011.10566, equation 1): mean of −cos(p, z), in [−1, 1], over predictions and
-    targets [B, D] of any length; no gradient goes to z."""
+    """SimSiam (arXiv 2011.10566, equation 1): the mean of −cos(p, z), in [−1, 1], over predictions
+    and targets [B, D]; no gradient goes to z."""
     return -F.cosine_similarity(p.float(), z.detach().float()).mean()
+
+
+def byol_loss(p, z):
+    """BYOL (arXiv 2006.07733, equation 2): the mean of 2 − 2 cos(p, z), in [0, 4], likewise."""
+    return 2 + 2 * simsiam_loss(p, z)
 
 
 # From two views' (p, z) to a scalar, and which of the views A (0) and B (1) are masked in turn.
@@ -652,7 +656,7 @@ class Siamese(nn.Module):
     def forward(self, views):
         z = self.projector(self.encoder(views))
         p = self.predictor(z) if self.predictor else z
-        return p, self.target(views.detach()) if self.target else z
+        return p, self.target(views.detach()) if self.target else z  # no graph for the target
 
     @torch.no_grad()
     def follow(self, progress):
@@ -666,24 +670,19 @@ class Siamese(nn.Module):
 
 
 # ---- Masking schemes -----------------------------------------------------------------------------
-# What is hidden of a view [B, 3, H, H]: K masks an image, [B, K, H, H] in [0, 1], in turn. A scheme
-# is given the view, the occluder's N masks (or None) and the true mask of the object [B, 1, H, H].
+# What is hidden of a view [B, 3, H, H]: K masks an image, [B, K, H, H] in [0, 1], in turn.
 
 
-def hide_nothing(view, painted, truth):
-    """No mask: the plain SSL method."""
-    return torch.zeros_like(view[:, :1])
-
-
-def hide_patches(view, painted, truth):
-    """MAE (arXiv 2111.06377): 48 of 8 × 8 patches, 75 %, at random."""
-    hidden = torch.rand(len(view), 64).argsort(1).argsort(1) < 48
+def hide_patches(view):
+    """MAE (arXiv 2111.06377): 48 of the 64 cells of an 8 × 8 grid, 75 %, at random."""
+    hidden = torch.rand(len(view), 64).argsort(1) < 48
     return F.interpolate(hidden.view(-1, 1, 8, 8).to(view), view.shape[2:])
 
 
-def hide_blocks(view, painted, truth):
+def hide_blocks(view):
     """BEiT (arXiv 2106.08254, algorithm 1): rectangles, log aspect ratio uniform in ± log 0.3, the
-    area uniform from 8 % of the image (16 of 196 patches) to what is missing of 30 %."""
+    area uniform from 8 % of the image (16 of 196 patches) to what is missing of 30 %. Twelve of
+    them, since some overlap; those that come once nothing is missing are empty."""
     count, size = len(view), view.shape[-1]
     hidden, line = torch.zeros(count, size, size, dtype=torch.bool), torch.arange(size)
     for _ in range(12):
@@ -691,36 +690,32 @@ def hide_blocks(view, painted, truth):
         least = missing.clamp_max(0.08 * size**2)
         area = least + (missing - least) * torch.rand(count)
         ratio = uniform(math.log(0.3), -math.log(0.3), count).exp()
-        shape = torch.stack((area * ratio, area / ratio)).sqrt().floor().clamp_max(size)
-        first = (torch.rand(2, count) * (size - shape + 1)).floor()
-        rows, columns = ((line >= first[:, :, None]) & (line < (first + shape)[:, :, None]))
+        sides = torch.stack((area * ratio, area / ratio)).sqrt().floor().clamp_max(size)  # [2, B]
+        first = (torch.rand(2, count) * (size - sides + 1)).floor()
+        rows, columns = (line >= first[:, :, None]) & (line < (first + sides)[:, :, None])
         hidden |= rows[:, :, None] & columns[:, None, :]
     return hidden[:, None].to(view)
 
 
-def hide_object(view, painted, truth):
-    """The true object or else all around it, drawn per image as in ADIOS-s."""
-    return hide_one(view, torch.cat((truth, 1 - truth), 1), truth)
+def hide_one(masks):
+    """One of the masks [B, N, H, H], drawn per image: [B, 1, H, H] (ADIOS-s, paper section 3.4)."""
+    drawn = torch.randint(masks.shape[1], (len(masks),)).to(masks.device)
+    return masks.take_along_dim(drawn[:, None, None, None], 1)
 
 
-def hide_other_object(view, painted, truth):
-    """The same with another image's object."""
-    return hide_object(view, painted, truth.roll(1, 0))
+def hide_object(truth):
+    """The true object [B, 1, H, H] or else all around it, drawn per image as in ADIOS-s."""
+    return hide_one(torch.cat((truth, 1 - truth), 1))
 
 
-def hide_all(view, painted, truth):
-    """ADIOS: each of the N masks."""
-    return painted
-
-
-def hide_one(view, painted, truth):
-    """ADIOS-s: one of the N masks, drawn per image (paper, section 3.4)."""
-    drawn = torch.randint(painted.shape[1], (len(painted),)).to(painted.device)
-    return painted.take_along_dim(drawn[:, None, None, None], 1)
-
-
-SCHEMES = {"none": hide_nothing, "mae": hide_patches, "beit": hide_blocks, "object": hide_object,
-           "object-shuffled": hide_other_object, "adios": hide_all, "adios-s": hide_one}
+SCHEMES = {  # from the view, the occluder's masks [B, N, H, H] or None, the true mask [B, 1, H, H]
+    "none": lambda view, masks, truth: torch.zeros_like(view[:, :1]),
+    "mae": lambda view, masks, truth: hide_patches(view),
+    "beit": lambda view, masks, truth: hide_blocks(view),
+    "object": lambda view, masks, truth: hide_object(truth),
+    "object-shuffled": lambda view, masks, truth: hide_object(truth.roll(1, 0)),  # another image's
+    "adios": lambda view, masks, truth: masks,
+    "adios-s": lambda view, masks, truth: hide_one(masks)}
 LEARNED = ("adios", "adios-s")  # these need an occluder
 
 
@@ -859,13 +854,18 @@ def precision(device):
 # They see frozen features of whole images, and masks. The first few judge during training.
 
 
+def whole(game, images):
+    """uint8 images [n, 3, H, H] as the networks see them, 512 at a time."""
+    for part in images.split(512):
+        yield game.normalise(part.to(game.device).float() / 255)
+
+
 @torch.no_grad()
 def features(game, images):
     """The encoder's features [n, D], float32, of uint8 images [n, 3, H, H]."""
     game.model.eval()
     with game.autocast():
-        parts = [game.model.encoder(game.normalise(part.to(game.device).float() / 255)).float()
-                 for part in images.split(512)]
+        parts = [game.model.encoder(part).float() for part in whole(game, images)]
     game.model.train()
     return torch.cat(parts)
 
@@ -877,14 +877,13 @@ def labelled_features(game, data):
 
 
 @torch.no_grad()
-def paint(game, images, truth=None):
+def masks_on(game, images, truth=None):
     """What is hidden of uint8 images [n, 3, H, H]: the occluder's masks [n, N, H, H] or, where none
     are learned, those of the scheme [n, 1, H, H]; truth is the true masks, bool [n, H, H]."""
-    views = [game.normalise(part.to(game.device).float() / 255) for part in images.split(512)]
     if game.learned:
-        return torch.cat([game.paint(view) for view in views])
+        return torch.cat([game.paint(part) for part in whole(game, images)])
     truth = None if truth is None else truth[:, None].to(game.device).float()
-    return SCHEMES[game.settings.masks](torch.cat(views), None, truth)
+    return SCHEMES[game.settings.masks](torch.cat([*whole(game, images)]), None, truth)
 
 
 def top(scores, labels, k=1):
@@ -894,9 +893,9 @@ def top(scores, labels, k=1):
 
 def knn_votes(train_features, train_labels, test_features, k=20, temperature=0.07):
     """Weighted k-NN (arXiv 1805.01978, section 3.4): votes [m, C] for C classes from features
-    [n, D] and [m, D] of any length and labels int64 [n]. The k nearest training features by cosine
-    similarity s (all, if there are fewer) vote with weight exp(s / temperature). Raises ValueError
-    where a label is negative: an unlabelled image."""
+    [n, D] and [m, D], normalised here, and labels int64 [n]. The k nearest training features by
+    cosine similarity s (all, if there are fewer) vote with weight exp(s / temperature). Raises
+    ValueError where a label is negative: an unlabelled image."""
     if (train_labels < 0).any():
         raise ValueError("unlabelled images (label -1) among the k-NN's training features")
     bank, votes = F.normalize(train_features), []
@@ -944,7 +943,7 @@ def judge(game, data):
         scores["knn_shuffled_background"] = knn_accuracy(*bank, features(game, images),
                                                          labels.to(game.device))
     if data.test_masks is not None and game.learned:
-        scores["object_iou"] = object_iou(paint(game, data.test_images),
+        scores["object_iou"] = object_iou(masks_on(game, data.test_images),
                                           data.test_masks.to(game.device))
     scores["embedding_spread"] = embedding_spread(game.model.eval().projector(found))
     game.model.train()
@@ -982,7 +981,7 @@ def plot_masks(images, masks, path=None):
 def plot_curves(log, path=None):
     """Draw a log (a dict per epoch, as log.csv has it): losses, mask areas and the judges' scores.
     Returns the figure; saves it if given a path."""
-    panels = (("losses", "nats", {"loss": "I's loss, L", "gain": "M's gain, L − λp"}),
+    panels = (("losses", "loss", {"loss": "I's loss, L", "gain": "M's gain, L − λp"}),
               ("mask areas", "share of the image",
                {key: f"mask {key[5:]}" for key in log[-1] if key.startswith("area")}),
               ("judges", "accuracy, IoU", JUDGES))
@@ -992,7 +991,7 @@ def plot_curves(log, path=None):
             points = [(row["epoch"], row[key]) for row in log if row[key] is not None]
             if points:
                 axis.plot(*zip(*points), "o-", color=colour, label=label, markersize=3)
-        axis.set(title=title, xlabel="epoch", ylabel=unit, ylim=None if unit == "nats" else (0, 1))
+        axis.set(title=title, xlabel="epoch", ylabel=unit, ylim=None if unit == "loss" else (0, 1))
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     if path:
@@ -1040,15 +1039,15 @@ def save_checkpoint(path, game, log, seconds):
 def read_checkpoint(path):
     """A checkpoint's content; runs no code from it."""
     if not Path(path).exists():
-        raise AdiosError(f"there is no checkpoint {path}: train first, without --resume")
+        raise AdiosError(f"there is no checkpoint {path}: train first, or name another")
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # torch wonders at files of other kinds
             state = torch.load(file, map_location="cpu", weights_only=True)
-        return state | {"settings": dict(state["settings"])}
+        return state | {"settings": dict(state["settings"])}  # which fails if it is not ours
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        raise AdiosError(f"{path} is damaged or no checkpoint of adios.py's: begin anew with "
-                         "--overwrite or another --out") from error
+        raise AdiosError(f"{path} is damaged or no checkpoint of adios.py's: name another, or "
+                         "train anew with --overwrite") from error
 
 
 def resume(state, game):
@@ -1120,8 +1119,8 @@ def train_epoch(game, data, epoch, announce, stop):
 def train(settings):
     """Play the whole game and judge it; returns what results.json holds.
 
-    masks.png, curves.png, log.csv, checkpoint.pt and in the end results.json are in settings.out,
-    renewed as it goes. Raises AdiosError for settings or files that do not do.
+    Into settings.out go masks.png, curves.png, log.csv and checkpoint.pt, renewed on the way, and
+    results.json and encoder.pt, in the end. Raises AdiosError for what the user can mend.
     """
     device, path = pick_device(settings.device), Path(settings.out) / "checkpoint.pt"
     if path.exists() and not (settings.resume or settings.overwrite):
@@ -1132,12 +1131,13 @@ def train(settings):
     torch.manual_seed(settings.seed)
     game = Game(settings, *data.statistics(), device)
     data.to(device)
-    weights, more = (sum(p.numel() for p in network.parameters()) / 1e6
-                     for network in (game.model.encoder, game.occluder))
+    def size(network):
+        return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
+
+    masks = f" of {settings.num_masks} masks by {size(game.occluder)}" if game.learned else ""
     print(f"{settings.dataset}: {len(data.images):,} images of {settings.image_size} px in "
-          f"{len(data.classes)} classes | {settings.ssl}, {settings.masks}, {settings.num_masks} "
-          f"masks | {settings.encoder} with {weights:.2f} M parameters, occluder with {more:.2f} M "
-          f"| {device}, {str(game.dtype)[6:]}")
+          f"{len(data.classes)} classes | {settings.ssl}, {settings.encoder} of "
+          f"{size(game.model.encoder)} | {settings.masks}{masks} | {device}, {str(game.dtype)[6:]}")
     untrained = {f"{name}_untrained": score for name, score in judge(game, data).items()}
     log, seconds = resume(state, game) if state else ([], 0.0)
     out = make_out(settings)
@@ -1156,7 +1156,7 @@ def train(settings):
                 log.append(row | (judge(game, data) if due else dict.fromkeys(JUDGES)))
                 if due:
                     plot_curves(log, out / "curves.png")
-                    plot_masks(shown, paint(game, shown, truth), out / "masks.png")
+                    plot_masks(shown, masks_on(game, shown, truth), out / "masks.png")
                 with open(out / "log.csv", "w", newline="") as file:
                     writer = csv.DictWriter(file, log[0])
                     writer.writeheader()
@@ -1180,8 +1180,8 @@ def train(settings):
 
 
 def linear_probe(found, labels, classes):
-    """Logistic regression on features [n, D] with labels [n]: L-BFGS on standardised features, a
-    weight decay of 1e-4. Returns the function from features [m, D] to scores [m, classes]."""
+    """Logistic regression on features [n, D] with labels [n]: L-BFGS on standardised features,
+    with a penalty of 1e-4 |W|². Returns a function from features [m, D] to scores [m, classes]."""
     std, mean = torch.std_mean(found, 0)
     layer = nn.Linear(found.shape[1], classes, device=found.device)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=300, line_search_fn="strong_wolfe")
@@ -1218,7 +1218,7 @@ def finetune(game, data):
 
 
 def k_means(found, k, starts=5, rounds=100):
-    """k-means of features [n, D] on the unit sphere: k-means++ starts (Arthur and Vassilvitskii,
+    """k-means of features [n, D], normalised here: k-means++ starts (Arthur and Vassilvitskii,
     2007), the best of several. Returns each feature's cluster, int64 [n]."""
     found, best = F.normalize(found), (math.inf, None)
     for _ in range(starts):
@@ -1317,8 +1317,7 @@ def parse(argv=None):
     if given.get("evaluate"):
         path = Path(given["evaluate"])
         was = read_checkpoint(path)["settings"]
-        for name in ("image_size", "ssl", "num_masks", "encoder", "width", "small_stem",
-                     "occluder_width"):
+        for name in ("image_size", "ssl", "encoder", "width", "small_stem"):
             if given.get(name, was[name]) != was[name]:
                 raise AdiosError(f"{flag(name)} {given[name]}: the checkpoint has {was[name]}; "
                                  "leave it out")

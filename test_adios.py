@@ -145,7 +145,7 @@ def test_moves_leave_the_other_player_untouched():
         game = make_game(ssl=ssl)
         views = make_views(game)
         painted = [game.paint(views[which]) for which in adios.OBJECTIVES[ssl][1]]
-        hidden = [adios.hide_one(None, masks, None) for masks in painted]
+        hidden = [adios.hide_one(masks) for masks in painted]
         model, occluder = snapshot(game.model), snapshot(game.occluder)
 
         game.inference_move(views, hidden, 0.1)
@@ -186,11 +186,11 @@ def test_m_pays_for_its_masks():
     game = make_game(sparsity=1000, occluder_lr=3e-3)
     views = make_views(game)
     with torch.no_grad():
-        game.occluder.paint.bias[0] = 3
+        game.occluder.to_masks.bias[0] = 3
         before = adios.sparsity_penalty(game.paint(views[1])).mean()
     for _ in range(10):
         masks = game.paint(views[1])
-        game.occlusion_move(views, [adios.hide_one(None, masks, None)], [masks], 0.1)
+        game.occlusion_move(views, [adios.hide_one(masks)], [masks], 0.1)
     assert adios.sparsity_penalty(game.paint(views[1])).mean() < 0.7 * before
 
 
@@ -277,23 +277,23 @@ def test_predicted_losses_are_the_written_out_ones_and_stop_at_the_target():
 
 
 def test_mae_hides_three_quarters_in_patches():
-    masks = adios.hide_patches(torch.zeros(300, 3, 32, 32), None, None)
+    masks = adios.hide_patches(torch.zeros(300, 3, 32, 32))
     assert masks.shape == (300, 1, 32, 32)
     patches = masks.view(300, 8, 4, 8, 4)
     assert (patches == patches[:, :, :1, :, :1]).all() and (masks.mean((1, 2, 3)) == 0.75).all()
     assert (masks.mean((0, 1)) - 0.75).abs().max() < 0.12
-    assert adios.hide_patches(torch.zeros(2, 3, 50, 50), None, None).shape == (2, 1, 50, 50)
+    assert adios.hide_patches(torch.zeros(2, 3, 50, 50)).shape == (2, 1, 50, 50)
 
 
 def test_beit_hides_three_tenths_in_blocks(monkeypatch):
     view = torch.zeros(400, 3, 64, 64)
-    masks = adios.hide_blocks(view, None, None)
+    masks = adios.hide_blocks(view)
     share = masks.mean((1, 2, 3))
     assert set(masks.unique().tolist()) == {0, 1}
     assert share.max() <= 0.3 and share.mean().item() == pytest.approx(0.29, abs=0.015)
     # the first block alone: a rectangle of 8 to 30 %, aspect ratio 0.3 to 1 / 0.3
     monkeypatch.setattr(adios, "range", lambda n: (0,), raising=False)
-    first = adios.hide_blocks(view, None, None)[:, 0]
+    first = adios.hide_blocks(view)[:, 0]
     height, width = (first.amax(axis).sum(1) for axis in (2, 1))
     assert torch.equal(first.sum((1, 2)), height * width)
     area, aspect = height * width / 64**2, height / width
@@ -305,12 +305,12 @@ def test_beit_hides_three_tenths_in_blocks(monkeypatch):
 def test_true_masks_hide_the_object_or_all_else():
     truth = torch.zeros(200, 1, 4, 4)
     truth[:, 0, :2] = 1
-    masks = adios.hide_object(torch.zeros(200, 3, 4, 4), None, truth)
+    masks = adios.hide_object(truth)
     is_object = (masks == truth).flatten(1).all(1)
     assert (is_object | (masks == 1 - truth).flatten(1).all(1)).all()
     assert is_object.float().mean().item() == pytest.approx(0.5, abs=0.12)
     truth = torch.arange(8.)[:, None, None, None].expand(8, 1, 2, 2) / 8
-    dealt = adios.hide_other_object(torch.zeros(8, 3, 2, 2), None, truth)
+    dealt = adios.SCHEMES["object-shuffled"](None, None, truth)
     assert (torch.minimum((dealt - truth).abs(), (1 - dealt - truth).abs()) > 0.01).any(1).all()
 
 
@@ -325,7 +325,7 @@ def test_true_masks_are_cropped_and_flipped_with_their_image():
 
 def test_hide_one_deals_each_image_one_of_its_masks():
     masks = torch.rand(3000, 3, 1, 1)
-    hidden = adios.hide_one(None, masks, None)
+    hidden = adios.hide_one(masks)
     which = (hidden == masks).float()
     assert hidden.shape == (3000, 1, 1, 1) and (which.sum(1) == 1).all()
     assert (which.mean((0, 2, 3)) - 1 / 3).abs().max() < 0.04
@@ -884,7 +884,8 @@ def test_command_line_end_to_end(tmp_path):
     done = run("--limit", "96", "--epochs", "2", "--batch-size", "32", "--masks", "adios",
                "--num-masks", "3", "--width", "8", "--out", "o")
     assert done.returncode == 0, done.stderr
-    assert "96 images of 32 px in 10 classes | simclr, adios, 3 masks" in done.stdout
+    assert "96 images of 32 px in 10 classes | simclr, resnet18 of" in done.stdout
+    assert "adios of 3 masks" in done.stdout
     assert "2 epochs will take about" in done.stdout + done.stderr
     results = json.loads((tmp_path / "o/results.json").read_text())
     for name in ("knn", "knn_untrained", "knn_shuffled_background", "object_iou",
