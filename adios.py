@@ -57,7 +57,7 @@ from tqdm.auto import tqdm
 # it gives no default, the data set does.
 
 SHAPES = dict(image_size=32, width=16, small_stem=False, occluder_width=8, num_masks=2, lr=3e-3,
-              occluder_lr=2e-3, occluder_share=0.5, sparsity=0.2, epochs=20, batch_size=128,
+              occluder_lr=2e-3, occluder_share=0.4, sparsity=0.2, epochs=30, batch_size=128,
               min_crop=0.3, blur=0.0)
 CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_masks=4, lr=2e-3,
              occluder_lr=1e-3, occluder_share=1.0, sparsity=0.1, epochs=100, batch_size=256,
@@ -888,7 +888,7 @@ def masks_on(game, images, truth=None):
 
 def top(scores, labels, k=1):
     """The share, 0 to 1, of the rows of scores [n, C] whose label [n] is among the k highest."""
-    return (scores.topk(k).indices == labels[:, None]).any(1).float().mean().item()
+    return (scores.topk(k).indices == labels[:, None]).sum().item() / len(labels)
 
 
 def knn_votes(train_features, train_labels, test_features, k=20, temperature=0.07):
@@ -1105,8 +1105,8 @@ def train_epoch(game, data, epoch, announce, stop):
             bar.update(size)
             if i % 10 == 0:  # to read the numbers is to wait for the device
                 loss, gain, *areas = now.tolist()
-                bar.set_postfix_str(f"I {loss:.2f}, M {gain:.2f}, areas "
-                                    + " ".join(f"{area:.2f}" for area in areas))
+                bar.set_postfix_str(f"I {loss:.2f}" + f", M {gain:.2f}" * (not math.isnan(gain))
+                                    + ", areas" + "".join(f" {area:.2f}" for area in areas))
             if announce and i == min(10, len(batches) - 1):
                 seconds = (time.perf_counter() - start) / (i + 1) * len(batches) * left
                 bar.write(f"{left} epochs will take about {tqdm.format_interval(seconds)}")
