@@ -34,6 +34,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -181,11 +182,12 @@ class Data:
         return mean, std.clamp_min(1e-3)
 
     def to(self, device):
-        """Itself, with what fits into half of a GPU's free memory moved there."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor) and (
-                    device.type != "cuda" or value.nbytes < torch.cuda.mem_get_info(device)[0] / 2):
-                setattr(self, name, value.to(device))
+        """Itself, with the images moved to a device if they fit into half of a GPU's free memory.
+        Labels stay on the host, where they can index either."""
+        for name in ("images", "test_images"):
+            size = getattr(self, name).nbytes
+            if device.type != "cuda" or size < torch.cuda.mem_get_info(device)[0] / 2:
+                setattr(self, name, getattr(self, name).to(device))
         return self
 
 
@@ -247,7 +249,9 @@ def draw_shapes(count, size, seed):
 
 def compose(objects, coverage, backgrounds):
     """Objects before backgrounds: uint8 [n, 3, H, W]."""
-    return (coverage * objects + (1 - coverage) * backgrounds).round().byte()
+    pieces = zip(objects.split(256), coverage.split(256), backgrounds.split(256))
+    return torch.cat([(alpha * front + (1 - alpha) * back).round().byte()
+                      for front, alpha, back in pieces])
 
 
 def load_shapes(settings):
@@ -302,18 +306,19 @@ def load_files(settings):
                 images = torch.cat([TF.resize(part, [size, size]) for part in images.split(1000)])
         return images, torch.as_tensor(labels).long(), data.classes
 
-    *train, classes = read("train")
-    *test, others = read("val")
-    if classes != others:
-        odd = ", ".join(sorted(set(classes) ^ set(others)))
-        raise AdiosError(f"--data-dir {root}: only one of train and val has the classes {odd}; "
-                         "give both the same")
-    data = Data(*train, *test, classes)
+    splits = {"train": read("train"), "val": read("val")}
     for part in CHALLENGE if name == "folder" else ():
-        for split in (part, f"{part}/val"):  # plain, or as in its archive
-            if (root / split).is_dir() and not (split == part and (root / part / "val").is_dir()):
-                data.backgrounds[part] = read(split)[:2]
-    return data
+        split = f"{part}/val" if (root / part / "val").is_dir() else part  # as in its archive
+        if (root / split).is_dir():
+            splits[part] = read(split)
+    *train, classes = splits.pop("train")
+    for split, (*_, others) in splits.items():
+        if others != classes:
+            odd = ", ".join(sorted(set(classes) ^ set(others)))
+            raise AdiosError(f"--data-dir {root}: train and {split} must have the same classes; "
+                             f"only one of them has {odd}")
+    *test, _ = splits.pop("val")
+    return Data(*train, *test, classes, backgrounds={k: split[:2] for k, split in splits.items()})
 
 
 def decode(paths, size):
@@ -332,28 +337,32 @@ def decode(paths, size):
                              "take it away") from error
         return TF.pil_to_tensor(image).numpy().tobytes()
 
-    paths = [Path(path).absolute() for path in paths]
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    place, state = (hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-                    for value in ((files[0][0], size), files))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adios"
-    cache, half = home / f"{place}-{state}", home / f"half-{os.getpid()}"
-    if not cache.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        try:
+    half, length = home / f"half-{os.getpid()}", len(paths) * 3 * size**2
+    try:
+        paths = [Path(path).absolute() for path in paths]
+        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        place, state = (hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+                        for value in ((files[0][0], size), files))
+        cache = home / f"{place}-{state}"
+        if not cache.exists() or cache.stat().st_size != length:
+            home.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(os.cpu_count()) as pool, open(half, "wb") as file, tqdm(
                     total=len(paths), unit="img", desc="decoding", delay=1, leave=False) as bar:
                 for start in range(0, len(paths), 256):  # piece by piece: memory stays flat
                     for image in pool.map(read, paths[start:start + 256]):
                         file.write(image)
                         bar.update()
-            for old in home.glob(f"{place}-*"):
-                old.unlink()
+            for old in set(home.glob(f"{place}-*")) - {cache}:
+                old.unlink(missing_ok=True)
             half.replace(cache)
-        finally:
-            half.unlink(missing_ok=True)
-    return torch.from_file(str(cache), size=len(paths) * 3 * size**2,
-                           dtype=torch.uint8).view(-1, 3, size, size)
+    except OSError as error:
+        raise AdiosError(f"{error.filename or home}: {error.strerror}; mend that, or set "
+                         "XDG_CACHE_HOME to a folder with room for a cache") from error
+    finally:
+        with contextlib.suppress(OSError):  # after a success it has got its name
+            half.unlink()
+    return torch.from_file(str(cache), size=length, dtype=torch.uint8).view(-1, 3, size, size)
 
 
 def load_data(settings):
@@ -363,6 +372,9 @@ def load_data(settings):
         rng = torch.Generator().manual_seed(settings.seed)
         keep = torch.randperm(len(data.images), generator=rng)[:settings.limit].sort().values
         data.images, data.labels = data.images[keep], data.labels[keep]
+    if (data.labels < 0).all():
+        raise AdiosError(f"--limit {settings.limit}: none of these images has a label to judge by; "
+                         "give more")
     if settings.batch_size > len(data.images) and not settings.evaluate:
         raise AdiosError(f"--batch-size {settings.batch_size}: there are {len(data.images)} "
                          "training images; make the batch smaller")
@@ -584,9 +596,10 @@ def sparsity_penalty(masks):
     """p = 1 / sin(π · mean(m)) of masks [B, N, H, W] in [0, 1], per image and mask: [B, N] ≥ 1.
 
     It is 1 for a mask over half the image and grows without bound towards none or all of it
-    (paper, section 3.3); areas are kept 1e-4 away from both, so that it stays finite.
+    (paper, section 3.3). Areas are moved by up to 1e-5 towards a half, so that a mask at either end
+    has a finite price, and a gradient away from there.
     """
-    area = masks.float().mean((2, 3)).clamp(1e-4, 1 - 1e-4)
+    area = 0.5 + (masks.float().mean((2, 3)) - 0.5) * (1 - 2e-5)
     return 1 / torch.sin(math.pi * area)
 
 
@@ -854,26 +867,26 @@ def precision(device):
 # They see frozen features of whole images, and masks. The first few judge during training.
 
 
-def whole(game, images):
-    """uint8 images [n, 3, H, H] as the networks see them, 512 at a time."""
-    for part in images.split(512):
-        yield game.normalise(part.to(game.device).float() / 255)
+def whole(game, images, rows=None):
+    """Images (uint8 [n, 3, H, H]; all, or these rows) as the networks see them, 512 at a time."""
+    for part in (torch.arange(len(images)) if rows is None else rows).split(512):
+        yield game.normalise(images[part].to(game.device).float() / 255)
 
 
 @torch.no_grad()
-def features(game, images):
-    """The encoder's features [n, D], float32, of uint8 images [n, 3, H, H]."""
+def features(game, images, rows=None):
+    """The encoder's features [n, D], float32, of uint8 images [n, 3, H, H]; of all or some rows."""
     game.model.eval()
     with game.autocast():
-        parts = [game.model.encoder(part).float() for part in whole(game, images)]
+        parts = [game.model.encoder(part).float() for part in whole(game, images, rows)]
     game.model.train()
     return torch.cat(parts)
 
 
 def labelled_features(game, data):
     """Features and labels of the training images that have a label."""
-    rows = data.labels >= 0
-    return features(game, data.images[rows]), data.labels[rows].to(game.device)
+    rows = (data.labels >= 0).nonzero()[:, 0]
+    return features(game, data.images, rows), data.labels[rows].to(game.device)
 
 
 @torch.no_grad()
@@ -888,7 +901,8 @@ def masks_on(game, images, truth=None):
 
 def top(scores, labels, k=1):
     """The share, 0 to 1, of the rows of scores [n, C] whose label [n] is among the k highest."""
-    return (scores.topk(k).indices == labels[:, None]).sum().item() / len(labels)
+    best = scores.topk(min(k, scores.shape[1])).indices
+    return (best == labels[:, None]).sum().item() / len(labels)
 
 
 def knn_votes(train_features, train_labels, test_features, k=20, temperature=0.07):
@@ -1008,26 +1022,32 @@ def pick_device(name):
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise AdiosError(f"--device {name} cannot be used here ({one_line(error)[:80]}): "
-                         "leave it out, or give cpu") from error
+        if torch.device(name).type in ("cpu", "cuda", "mps"):
+            return torch.zeros(1, device=name).device
+        error = "not a kind that adios.py knows"
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        error = one_line(problem)[:80]
+    raise AdiosError(f"--device {name} cannot be used here ({error}): leave it out, or give cpu")
 
 
 def make_out(settings):
     """The folder for results, made."""
     try:
         Path(settings.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=settings.out).close()  # whether it can be written to
     except OSError as error:
-        raise AdiosError(f"--out {settings.out} cannot be made ({error.strerror}): name another"
-                         ) from error
+        raise AdiosError(f"--out {settings.out} cannot be written to ({error.strerror}): name "
+                         "another") from error
     return Path(settings.out)
+
+
+STATE = ("settings", "mean", "std", "log", "seconds", "parts")  # what a checkpoint holds
 
 
 def save_checkpoint(path, game, log, seconds):
     """Write a checkpoint, whole or not at all: to a file beside it that then takes its name."""
     state = dict(settings=asdict(game.settings), mean=game.mean.cpu(), std=game.std.cpu(), log=log,
-                 seconds=seconds, players=[part.state_dict() for part in game.parts()])
+                 seconds=seconds, parts=[part.state_dict() for part in game.parts()])
     half = path.with_suffix(".part")
     with open(half, "wb") as file:
         torch.save(state, file)
@@ -1044,22 +1064,32 @@ def read_checkpoint(path):
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # torch wonders at files of other kinds
             state = torch.load(file, map_location="cpu", weights_only=True)
-        return state | {"settings": dict(state["settings"])}  # which fails if it is not ours
+        return {name: state[name] for name in STATE} | {
+            "settings": asdict(Settings(**state["settings"]))}
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise AdiosError(f"{path} is damaged or no checkpoint of adios.py's: name another, or "
                          "train anew with --overwrite") from error
 
 
+def restore(parts, states):
+    """Give networks, optimisers and scalers their states from a checkpoint."""
+    try:
+        for part, state in zip(parts, states):
+            if state:  # a scaler that was not needed has none
+                part.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise AdiosError(f"the checkpoint does not fit this adios.py ({one_line(error)[:120]}): "
+                         "train anew") from error
+
+
 def resume(state, game):
     """Put the game where a checkpoint left it; returns (log, seconds)."""
-    odd = [f"{flag(name)} {state['settings'].get(name)}"
-           for name, value in asdict(game.settings).items()
-           if state["settings"].get(name) != value
+    odd = [f"--no-{flag(name)[2:]}" if was is False else f"{flag(name)} {was}".removesuffix(" True")
+           for name, was in state["settings"].items() if was != getattr(game.settings, name)
            and name not in ("data_dir", "device", "out", "resume", "overwrite")]
     if odd:
         raise AdiosError(f"--resume: the checkpoint is of other settings: give {' '.join(odd)}")
-    for part, value in zip(game.parts(), state["players"]):
-        part.load_state_dict(value)
+    restore(game.parts(), state["parts"])
     return state["log"], state["seconds"]
 
 
@@ -1096,7 +1126,6 @@ def train_epoch(game, data, epoch, announce, stop):
         for i, rows in enumerate(batches):
             if stop:
                 raise KeyboardInterrupt
-            rows = rows.to(data.images.device)
             images = data.images[rows].to(game.device, non_blocking=True)
             if game.settings.masks.startswith("object"):
                 images = torch.cat((images, 255 * data.masks[rows, None].to(images)), 1)
@@ -1142,6 +1171,8 @@ def train(settings):
     log, seconds = resume(state, game) if state else ([], 0.0)
     out = make_out(settings)
     if not state:
+        for name in ("log.csv", "results.json", "encoder.pt", "masks.png", "curves.png"):
+            (out / name).unlink(missing_ok=True)  # of the run that is overwritten
         save_checkpoint(path, game, log, seconds)
     some = slice(0, None, max(1, len(data.test_images) // 12))
     shown = data.test_images[some][:12]
@@ -1170,7 +1201,8 @@ def train(settings):
     results = {**{name: log[-1][name] for name in JUDGES}, **untrained, "seconds": seconds,
                "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
                "settings": asdict(settings)}
-    torch.save(game.model.encoder.state_dict(), out / "encoder.pt")
+    encoder = {name: value.cpu() for name, value in game.model.encoder.state_dict().items()}
+    torch.save(encoder, out / "encoder.pt")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
@@ -1207,7 +1239,7 @@ def finetune(game, data):
     player = Player(nn.Sequential(tuned.model.encoder, layer), settings.lr, settings, game.dtype)
     size = min(settings.batch_size, len(rows))
     for epoch in tqdm(range(settings.epochs), desc="fine-tuning", leave=False):
-        batches = rows[torch.randperm(len(rows)).to(rows.device)].split(size)[:len(rows) // size]
+        batches = rows[torch.randperm(len(rows))].split(size)[:len(rows) // size]
         for i, batch in enumerate(batches):
             images, labels = (part[batch].to(game.device) for part in (data.images, data.labels))
             with game.autocast():
@@ -1266,7 +1298,7 @@ def evaluate(settings):
     data = load_data(settings).to(device)
     torch.manual_seed(settings.seed)
     game = Game(settings, state["mean"], state["std"], device)
-    game.model.load_state_dict(state["players"][0])
+    restore([game.model], state["parts"])
     bank, labels = labelled_features(game, data)
     found, truth = features(game, data.test_images), data.test_labels.to(device)
     probe = linear_probe(bank, labels, len(data.classes))

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -93,6 +94,9 @@ def test_sparsity_penalty_grows_to_both_sides_and_stays_finite():
     assert penalty[3].item() == pytest.approx(1)
     assert (penalty[:3].diff() < 0).all() and (penalty[4:].diff() > 0).all()
     assert penalty.isfinite().all() and penalty[0] > 100
+    masks = torch.zeros(1, 2, 4, 4, requires_grad=True)
+    adios.sparsity_penalty(masks).sum().backward()
+    assert (masks.grad < 0).all() and masks.grad.isfinite().all()  # collapsed masks are drawn back
 
 
 # ---- The models ----------------------------------------------------------------------------------
@@ -683,6 +687,18 @@ def test_folder_is_cached_until_a_file_changes(monkeypatch, tmp_path):
     assert len(decoded) == 16 + 32
 
 
+def test_a_damaged_cache_is_made_anew(monkeypatch, tmp_path):
+    write_folder(tmp_path / "d")
+    images = adios.load_data(folder_settings()).images.clone()
+    for path in (tmp_path / "cache/adios").iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
+    assert torch.equal(adios.load_data(folder_settings()).images, images)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(adios.AdiosError, match="XDG_CACHE_HOME"):
+        adios.load_data(folder_settings())
+
+
 def test_limit_takes_a_seeded_part_of_all_classes(tmp_path):
     write_folder(tmp_path / "d")
     data = adios.load_data(folder_settings(limit=10))
@@ -906,6 +922,16 @@ def test_command_line_end_to_end(tmp_path):
     assert Image.open(tmp_path / "o/curves.png").size[0] > 600
 
 
+def test_a_run_goes_on_at_another_precision(monkeypatch):
+    """A checkpoint of a machine without loss scaling is taken up by one with it."""
+    adios.train(Settings(**SMALL, out="o"))
+    state = adios.read_checkpoint("o/checkpoint.pt")
+    game = make_game(batch_size=32)
+    game.inference.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    assert adios.resume(state | {"settings": adios.asdict(game.settings)}, game)[0]
+    assert same(game.model, state["parts"][0])
+
+
 def test_every_setting_is_a_flag_with_help():
     text = " ".join(run("--help").stdout.split())
     for name in Settings.__dataclass_fields__:
@@ -924,7 +950,7 @@ def test_presets():
 
 def weights(folder):
     state = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
-    return [value for part in state["players"] for value in part.values()
+    return [value for part in state["parts"] for value in part.values()
             if isinstance(value, torch.Tensor)], state
 
 
@@ -974,7 +1000,7 @@ def refused(capsys):
     """A function: this command line is refused by one line that says so, and nothing is written."""
     def check(*arguments, says):
         def files():
-            return {path: path.stat().st_mtime_ns for path in Path().rglob("*")
+            return {path: path.lstat().st_mtime_ns for path in Path().rglob("*")
                     if path.parts[0] != "cache"}
         before = files()
         capsys.readouterr()
@@ -1005,6 +1031,8 @@ def test_an_error_is_one_line_and_exit_code_2():
     (["--batch-size", "64", "--limit", "63"], "63 training images"),
     (["--occluder-width", "12"], "multiple of 8"),
     (["--device", "abacus"], "--device abacus"),
+    (["--device", "meta"], "--device meta"),
+    (["--out", "/proc/self", "--limit", "64", "--batch-size", "32"], "--out /proc/self"),
     (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
     (["--resume"], "there is no checkpoint runs"),
     (["--evaluate", "nothing.pt"], "there is no checkpoint nothing.pt"),
@@ -1032,7 +1060,13 @@ def test_bad_folders(refused, tmp_path):
     picture = (tmp_path / "d/train/dog/3.png").read_bytes()
     (tmp_path / "d/train/cat/3.png").write_bytes(picture[:len(picture) // 2])
     refused(*args, says=str(Path("train/cat/3.png")))
+    (tmp_path / "d/train/cat/3.png").unlink()
+    (tmp_path / "d/train/cat/3.png").symlink_to("nowhere")
+    refused(*args, says=str(Path("train/cat/3.png")))
+    (tmp_path / "d/train/cat/3.png").unlink()
     (tmp_path / "d/train/cat/3.png").write_bytes(picture)
+    shutil.copytree(tmp_path / "d/val/cat", tmp_path / "d/original/cow")
+    refused(*args, says="train and original must have the same classes; only one of them has cat")
     (tmp_path / "d/val/cat").rename(tmp_path / "d/val/cow")
     refused(*args, says="cat, cow")
     for path in (tmp_path / "d/val/cow").iterdir():
@@ -1050,6 +1084,12 @@ def test_runs_are_not_overwritten_and_odd_checkpoints_not_resumed(refused, tmp_p
     (tmp_path / "o/checkpoint.pt").write_bytes(content[tmp_path / "o/checkpoint.pt"][:5000])
     refused(*arguments, "--resume", says="damaged")
     (tmp_path / "o/checkpoint.pt").write_bytes(pickle.dumps(os.getcwd))
+    refused(*arguments, "--resume", says="damaged")
+    state = torch.load(io.BytesIO(content[tmp_path / "o/checkpoint.pt"]), weights_only=True)
+    for change in (dict(settings={}), dict(settings=dict(colour="red")), dict(parts=[{"a": 1}])):
+        torch.save(state | change, tmp_path / "o/checkpoint.pt")
+        refused(*arguments, "--resume", says="checkpoint")
+    torch.save({"log": []}, tmp_path / "o/checkpoint.pt")
     refused(*arguments, "--resume", says="damaged")
     for path, value in content.items():
         assert path.name == "checkpoint.pt" or path.read_bytes() == value
