@@ -1138,7 +1138,7 @@ def train_epoch(game, data, epoch, announce, stop):
                                     + ", areas" + "".join(f" {area:.2f}" for area in areas))
             if announce and i == min(10, len(batches) - 1):
                 seconds = (time.perf_counter() - start) / (i + 1) * len(batches) * left
-                bar.write(f"{left} epochs will take about {tqdm.format_interval(seconds)}")
+                bar.write(f"{left} epochs will take up to {tqdm.format_interval(seconds)}")
     loss, gain, *areas = (total / len(batches)).tolist()
     return dict(epoch=epoch, loss=loss, gain=None if math.isnan(gain) else gain,
                 **{f"area_{n + 1}": area for n, area in enumerate(areas)},

@@ -902,7 +902,7 @@ def test_command_line_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "96 images of 32 px in 10 classes | simclr, resnet18 of" in done.stdout
     assert "adios of 3 masks" in done.stdout
-    assert "2 epochs will take about" in done.stdout + done.stderr
+    assert "2 epochs will take up to" in done.stdout + done.stderr
     results = json.loads((tmp_path / "o/results.json").read_text())
     for name in ("knn", "knn_untrained", "knn_shuffled_background", "object_iou",
                  "object_iou_untrained"):
