@@ -733,6 +733,8 @@ LEARNED = ("adios", "adios-s")  # these need an occluder
 
 
 # ---- The game ------------------------------------------------------------------------------------
+# Each batch has two moves over the same loss. I descends on it, the masks given (`detach`). Then M
+# ascends on it (`-gain`): the gradient reaches its masks through an I that is frozen.
 
 
 class Player:
@@ -843,14 +845,15 @@ class Game:
         truths = [view[:, 3:] for view in views]
         views = [self.normalise(view[:, :3]) for view in views]
         masked = OBJECTIVES[self.settings.ssl][1]
-        painted = [self.paint(views[which]) for which in masked]
+        m_moves = self.learned and progress < self.settings.occluder_share
+        with torch.set_grad_enabled(m_moves):
+            painted = [self.paint(views[which]) for which in masked]
         hidden = [SCHEMES[self.settings.masks](views[which], masks, truths[which])
                   for which, masks in zip(masked, painted)]
         loss = self.inference_move(views, hidden, progress)
-        gain = torch.full_like(loss, math.nan)
-        if self.learned and progress < self.settings.occluder_share:
-            # M has not moved since it painted, so its masks still serve
-            gain = self.occlusion_move(views, hidden, painted, progress)
+        # M has not moved since it painted, so its masks still serve
+        gain = (self.occlusion_move(views, hidden, painted, progress) if m_moves else
+                torch.full_like(loss, math.nan))
         areas = torch.cat(painted if self.learned else hidden).detach().mean((0, 2, 3))
         return torch.cat((torch.stack((loss, gain)), areas))
 
@@ -867,7 +870,7 @@ def precision(device):
 # They see frozen features of whole images, and masks. The first few judge during training.
 
 
-def whole(game, images, rows=None):
+def as_seen(game, images, rows=None):
     """Images (uint8 [n, 3, H, H]; all, or these rows) as the networks see them, 512 at a time."""
     for part in (torch.arange(len(images)) if rows is None else rows).split(512):
         yield game.normalise(images[part].to(game.device).float() / 255)
@@ -878,7 +881,7 @@ def features(game, images, rows=None):
     """The encoder's features [n, D], float32, of uint8 images [n, 3, H, H]; of all or some rows."""
     game.model.eval()
     with game.autocast():
-        parts = [game.model.encoder(part).float() for part in whole(game, images, rows)]
+        parts = [game.model.encoder(part).float() for part in as_seen(game, images, rows)]
     game.model.train()
     return torch.cat(parts)
 
@@ -894,9 +897,9 @@ def masks_on(game, images, truth=None):
     """What is hidden of uint8 images [n, 3, H, H]: the occluder's masks [n, N, H, H] or, where none
     are learned, those of the scheme [n, 1, H, H]; truth is the true masks, bool [n, H, H]."""
     if game.learned:
-        return torch.cat([game.paint(part) for part in whole(game, images)])
+        return torch.cat([game.paint(part) for part in as_seen(game, images)])
     truth = None if truth is None else truth[:, None].to(game.device).float()
-    return SCHEMES[game.settings.masks](torch.cat([*whole(game, images)]), None, truth)
+    return SCHEMES[game.settings.masks](torch.cat([*as_seen(game, images)]), None, truth)
 
 
 def top(scores, labels, k=1):
@@ -1160,6 +1163,7 @@ def train(settings):
     torch.manual_seed(settings.seed)
     game = Game(settings, *data.statistics(), device)
     data.to(device)
+
     def size(network):
         return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
 
