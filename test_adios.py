@@ -1101,13 +1101,14 @@ def test_runs_are_not_overwritten_and_odd_checkpoints_not_resumed(refused, tmp_p
 # ---- The notebook --------------------------------------------------------------------------------
 
 
-def test_the_notebook_runs():
-    """From a clean kernel, with the cell tagged `settings` made small."""
+def test_the_notebook_runs(tmp_path):
+    """From a clean kernel in another folder, with the cell tagged `settings` made small."""
+    shutil.copy(HERE / "adios.py", tmp_path)
     book = nbformat.read(HERE / "notebook.ipynb", as_version=4)
     cell, = (c for c in book.cells if "settings" in c.metadata.get("tags", []))
     cell.source += "\nsettings = Settings(limit=64, epochs=1, batch_size=32, out='o', device='cpu')"
-    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(HERE)}},
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}},
                             kernel_name="python3").execute()
     figures = [output for c in book.cells for output in c.get("outputs", [])
                if "image/png" in output.get("data", {})]
-    assert len(figures) >= 4
+    assert len(figures) == 5 and (tmp_path / "o/masks.png").exists()
