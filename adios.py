@@ -1148,6 +1148,20 @@ def train_epoch(game, data, epoch, announce, stop):
                 images_per_second=len(batches) * size / (time.perf_counter() - start))
 
 
+def introduce(game, data):
+    """Print what will run."""
+    settings = game.settings
+
+    def size(network):
+        return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
+
+    masks = f" of {settings.num_masks} masks by {size(game.occluder)}" if game.learned else ""
+    print(f"{settings.dataset}: {len(data.images):,} images of {settings.image_size} px in "
+          f"{len(data.classes)} classes | {settings.ssl}, {settings.encoder} of "
+          f"{size(game.model.encoder)} | {settings.masks}{masks} | {game.device}, "
+          f"{str(game.dtype)[6:]}")
+
+
 def train(settings):
     """Play the whole game and judge it; returns what results.json holds.
 
@@ -1163,14 +1177,7 @@ def train(settings):
     torch.manual_seed(settings.seed)
     game = Game(settings, *data.statistics(), device)
     data.to(device)
-
-    def size(network):
-        return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
-
-    masks = f" of {settings.num_masks} masks by {size(game.occluder)}" if game.learned else ""
-    print(f"{settings.dataset}: {len(data.images):,} images of {settings.image_size} px in "
-          f"{len(data.classes)} classes | {settings.ssl}, {settings.encoder} of "
-          f"{size(game.model.encoder)} | {settings.masks}{masks} | {device}, {str(game.dtype)[6:]}")
+    introduce(game, data)
     untrained = {f"{name}_untrained": score for name, score in judge(game, data).items()}
     log, seconds = resume(state, game) if state else ([], 0.0)
     out = make_out(settings)
