@@ -1028,7 +1028,7 @@ def pick_device(name):
         if torch.device(name).type in ("cpu", "cuda", "mps"):
             return torch.zeros(1, device=name).device
         error = "not a kind that adios.py knows"
-    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+    except (RuntimeError, AssertionError) as problem:
         error = one_line(problem)[:80]
     raise AdiosError(f"--device {name} cannot be used here ({error}): leave it out, or give cpu")
 
