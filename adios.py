@@ -2,9 +2,9 @@
 """ADIOS in one file: learning what to hide, without labels.
 
 Siamese self-supervised learning shows an encoder two views of an image and asks for the same
-representation of both. ADIOS (Shi, Siddharth, Torr and Kosiorek, "Adversarial Masking for
-Self-Supervised Learning", ICML 2022, arXiv 2201.13100) lets a second network hide part of one
-view first. The two play a min-max game over one loss:
+representation of both. ADIOS ("Adversarial Masking for Self-Supervised Learning", Shi et al., ICML
+2022, arXiv 2201.13100) lets a second network hide part of one view first. The two play a min-max
+game over one loss:
 
     I*, M* = argmin_I max_M  1/N Σ_n [ L_n(x; I, M) − λ p_n ]
 
@@ -21,14 +21,16 @@ M gains by hiding what the encoder relies on, so its masks come to follow object
     python adios.py --help                every setting
 
 In the order of reading: settings, data, views, encoder, occluder, objectives, masking schemes,
-the game, the judges, the pictures, training, evaluation, the command line.
+the game, the judges, the pictures, training, evaluation, the benchmark, the command line.
 """
 
 import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import hashlib
+import io
 import json
 import math
 import os
@@ -39,26 +41,34 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither: no lock on the folder of a run, no peak memory there
+    fcntl = resource = None
 
 # ---- Settings ------------------------------------------------------------------------------------
 # One dataclass is the command line, the argument of `train` and the record in results.json. Where
 # it gives no default, the data set does.
 
 SHAPES = dict(image_size=32, width=16, small_stem=False, occluder_width=8, num_masks=2, lr=3e-3,
-              occluder_lr=2e-3, occluder_share=0.4, sparsity=0.2, epochs=30, batch_size=128,
+              occluder_lr=2e-3, occluder_share=0.2, sparsity=0.2, epochs=50, batch_size=128,
               min_crop=0.3, blur=0.0)
 CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_masks=4, lr=2e-3,
              occluder_lr=1e-3, occluder_share=1.0, sparsity=0.1, epochs=100, batch_size=256,
@@ -94,13 +104,15 @@ class Settings:
                         "turn (adios) or one of them per image (adios-s)", "adios-s",
                         ("none", "mae", "beit", "object", "object-shuffled", "adios", "adios-s"))
     num_masks: int = option("N, the masks that the occluder paints", low=2, high=64)
+    updates: str = option("both players move in turn, or at once by one backward pass",
+                          "alternating", ("alternating", "simultaneous"))
     encoder: str = option("what learns to represent images", "resnet18", tuple(ENCODERS))
     width: int = option("channels of resnet18's first stage", low=1, high=1024)
     small_stem: bool = option("3×3 stem without pooling, for small images")
     occluder_width: int = option("channels c of the occluder's first stage, a multiple of 8",
                                  low=8, high=1024)
     epochs: int = option("passes over the training images", low=1, high=10**6)
-    batch_size: int = option("images a step", low=2, high=10**6)
+    batch_size: int = option("images a step, of all processes together", low=2, high=10**6)
     lr: float = option("peak learning rate of the encoder (AdamW)", low=1e-9, high=10)
     occluder_lr: float = option("peak learning rate of the occluder (AdamW)", low=0, high=10)
     occluder_share: float = option("share of the run in which the occluder learns; its masks then "
@@ -115,11 +127,13 @@ class Settings:
     limit: int = option("use only so many training images (0: all)", 0, low=0, high=10**9)
     seed: int = option("of data, weights, order and crops", 0, low=0, high=2**31)
     device: str = option("cpu, cuda, cuda:1, mps or auto, the fastest there is", "auto")
+    compile: bool = option("torch.compile the networks: a minute's wait at the start", False)
     out: str = option("folder for results (default: runs/<dataset>-<ssl>-<masks>)", "")
     resume: bool = option("go on from the checkpoint in --out", False)
     overwrite: bool = option("replace the run in --out", False)
     evaluate: str = option("judge the encoder of this checkpoint, with --dataset on other data", "")
     finetune: bool = option("with --evaluate: fine-tune the encoder, too", False)
+    bench: bool = option("time the parts of a step, on random images", False)
 
     def __post_init__(self):
         for f in fields(self):
@@ -128,8 +142,8 @@ class Settings:
                 value = (PRESETS[self.dataset] | ENCODERS.get(self.encoder, {})).get(f.name)
             if f.type is float and type(value) is int:
                 value = float(value)
-            kind = f.type.__name__
-            right = f"one of {', '.join(choices)}" if choices else f"a value of type {kind}"
+            right = ("one of " + ", ".join(choices) if choices else
+                     f"a value of type {f.type.__name__}")
             if low is not None:
                 right += f" from {low} to {f.metadata['high']}"
             if (type(value) is not f.type or choices and value not in choices
@@ -156,9 +170,10 @@ def one_line(error):
 
 
 # ---- Data ----------------------------------------------------------------------------------------
-# Images live as one uint8 tensor, on the device when they fit: there are no loader processes, a
-# batch is an index. `shapes` is drawn here, so that the true masks are known and learned masks can
-# be judged. Its backgrounds tell the class nine times in ten: the shortcut that hiding should cure.
+# Images live as one uint8 tensor: on the device when they fit, else in memory, else in a file that
+# is mapped into it. There are no loader processes, a batch is an index. `shapes` is drawn here, so
+# that the true masks are known and learned masks can be judged. Its backgrounds tell the class nine
+# times in ten: the shortcut that hiding should cure.
 
 
 @dataclass
@@ -174,6 +189,7 @@ class Data:
     test_masks: Tensor | None = None
     # test images of the Backgrounds Challenge (arXiv 2006.09994) and their labels, by its names
     backgrounds: dict = field(default_factory=dict)
+    place: str = "memory"              # where the images are
 
     def statistics(self):
         """Mean and standard deviation of the channels, [1, 3, 1, 1] each, of values in [0, 1]."""
@@ -182,12 +198,13 @@ class Data:
         return mean, std.clamp_min(1e-3)
 
     def to(self, device):
-        """Itself, with the images moved to a device if they fit into half of a GPU's free memory.
+        """Itself, with the images moved to a GPU if they take less than half of its free memory.
         Labels stay on the host, where they can index either."""
-        for name in ("images", "test_images"):
-            size = getattr(self, name).nbytes
-            if device.type != "cuda" or size < torch.cuda.mem_get_info(device)[0] / 2:
-                setattr(self, name, getattr(self, name).to(device))
+        size = self.images.nbytes + self.test_images.nbytes
+        if device.type == "mps" or (
+                device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2):
+            self.images, self.test_images = self.images.to(device), self.test_images.to(device)
+            self.place = str(device)
         return self
 
 
@@ -272,71 +289,79 @@ def load_shapes(settings):
 
 CHALLENGE = ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b",
              "only_bg_t")
-OPEN = {  # from the folder and "train", "val" or, of `folder`, a part of the Challenge
-    "stl10": lambda root, split: datasets.STL10(
-        root, "train+unlabeled" if split == "train" else "test", download=True),
-    "cifar10": lambda root, split: datasets.CIFAR10(root, split == "train", download=True),
-    "cifar100": lambda root, split: datasets.CIFAR100(root, split == "train", download=True),
-    "flowers102": lambda root, split: datasets.Flowers102(
-        root, "train" if split == "train" else "test", download=True),
-    "folder": lambda root, split: datasets.ImageFolder(root / split)}
+
+
+def open_split(name, root, split):
+    """Images [n, 3, H, W] or their paths, labels and the names of the classes of a data set's
+    split: train, val or, of `folder`, a part of the Backgrounds Challenge."""
+    train = split == "train"
+    if name == "folder":
+        data = datasets.ImageFolder(root / split)
+        return [path for path, _ in data.samples], data.targets, data.classes
+    if name == "flowers102":
+        data = datasets.Flowers102(root, "train" if train else "test", download=True)
+        return data._image_files, data._labels, data.classes
+    if name == "stl10":
+        data = datasets.STL10(root, "train+unlabeled" if train else "test", download=True)
+        return torch.from_numpy(data.data), data.labels, data.classes
+    data = getattr(datasets, name.upper())(root, train, download=True)
+    return torch.from_numpy(data.data).permute(0, 3, 1, 2), data.targets, data.classes
 
 
 def load_files(settings):
     """What torchvision downloads and checks, and `folder`: ImageNet's layout and, beside train and
     val, the Backgrounds Challenge's folders where they are there."""
     size, root, name = settings.image_size, Path(settings.data_dir), settings.dataset
-
-    def read(split):
+    places = {split: split for split in ("train", "val")}
+    for part in CHALLENGE if name == "folder" else ():
+        for place in (part, f"{part}/val"):  # the latter as in its archive
+            if (root / place).is_dir():
+                places[part] = place
+    splits = {}
+    for split, place in places.items():
         try:
-            data = OPEN[name](root, split)
+            images, labels, classes = open_split(name, root, place)
         except (OSError, RuntimeError) as error:
             need = ("it must hold train/<class>/ and val/<class>/ with images in them"
                     if name == "folder" else "mend the network, or put its files there by hand")
             raise AdiosError(f"--data-dir {root}: {one_line(error)}; {need}") from error
-        if name == "folder":
-            images, labels = decode([path for path, _ in data.samples], size), data.targets
-        elif name == "flowers102":
-            images, labels = decode(data._image_files, size), data._labels
-        else:
-            images, labels = torch.from_numpy(data.data), getattr(data, "labels", None)
-            if name != "stl10":
-                images, labels = images.permute(0, 3, 1, 2).contiguous(), data.targets
-            if images.shape[2] != size:
-                images = torch.cat([TF.resize(part, [size, size]) for part in images.split(1000)])
-        return images, torch.as_tensor(labels).long(), data.classes
+        if isinstance(images, list):
+            images = decode(images, size)
+        elif images.shape[2] != size:
+            images = torch.cat([TF.resize(part, [size, size]) for part in images.split(1000)])
+        splits[split] = images.contiguous(), torch.as_tensor(labels).long(), classes
+        odd = sorted(set(classes) ^ set(splits["train"][2]))
+        if odd or len(classes) < 2:
+            problem = (f"train and {split} must have the same classes; only one has "
+                       f"{', '.join(odd)}" if odd else "there must be two classes or more")
+            raise AdiosError(f"--data-dir {root}: {problem}")
+    data = Data(*splits["train"][:2], *splits["val"][:2], splits["train"][2], place=(
+        "a file mapped into memory" if name in ("folder", "flowers102") else "memory"))
+    data.backgrounds = {part: splits[part][:2] for part in splits if part in CHALLENGE}
+    return data
 
-    splits = {"train": read("train"), "val": read("val")}
-    for part in CHALLENGE if name == "folder" else ():
-        split = f"{part}/val" if (root / part / "val").is_dir() else part  # as in its archive
-        if (root / split).is_dir():
-            splits[part] = read(split)
-    *train, classes = splits.pop("train")
-    for split, (*_, others) in splits.items():
-        if others != classes:
-            odd = ", ".join(sorted(set(classes) ^ set(others)))
-            raise AdiosError(f"--data-dir {root}: train and {split} must have the same classes; "
-                             f"only one of them has {odd}")
-    *test, _ = splits.pop("val")
-    return Data(*train, *test, classes, backgrounds={k: split[:2] for k, split in splits.items()})
+
+def read_image(path, size):
+    """The bytes of an image file as RGB [3, size, size], the short side resized to `size` and
+    centre-cropped; of an animation the first image."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+            image = TF.center_crop(TF.resize(image.convert("RGB"), size), size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise AdiosError(f"{path} cannot be read as an image ({one_line(error)}): repair it or "
+                         "take it away") from error
+    return TF.pil_to_tensor(image).numpy().tobytes()
 
 
 def decode(paths, size):
-    """Image files as uint8 [n, 3, size, size], the short side resized to `size`, centre-cropped.
+    """Image files as uint8 [n, 3, size, size].
 
     Decoded on all cores (Pillow works outside Python's lock) into a file under $XDG_CACHE_HOME or
     ~/.cache that is named after the files' names, lengths and times: the next run maps it into
     memory at once, and it is made anew when a file changes.
     """
-    def read(path):
-        try:
-            with Image.open(path) as image:
-                image = TF.center_crop(TF.resize(image.convert("RGB"), size), size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise AdiosError(f"{path} cannot be read as an image ({one_line(error)}): repair it or "
-                             "take it away") from error
-        return TF.pil_to_tensor(image).numpy().tobytes()
-
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adios"
     half, length = home / f"half-{os.getpid()}", len(paths) * 3 * size**2
     try:
@@ -350,7 +375,7 @@ def decode(paths, size):
             with ThreadPoolExecutor(os.cpu_count()) as pool, open(half, "wb") as file, tqdm(
                     total=len(paths), unit="img", desc="decoding", delay=1, leave=False) as bar:
                 for start in range(0, len(paths), 256):  # piece by piece: memory stays flat
-                    for image in pool.map(read, paths[start:start + 256]):
+                    for image in pool.map(read_image, paths[start:start + 256], [size] * 256):
                         file.write(image)
                         bar.update()
             for old in set(home.glob(f"{place}-*")) - {cache}:
@@ -386,6 +411,13 @@ def load_data(settings):
 # random is drawn per image, on the host; the pixels are worked on in batches, on the device.
 
 
+def send(tensor, device):
+    """Copy a tensor to a device without waiting for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def uniform(low, high, *shape):
     """Uniform random numbers in [low, high), float32 on the CPU."""
     return torch.empty(*shape).uniform_(low, high)
@@ -408,11 +440,11 @@ def crop_and_flip(images, boxes, flip):
     """Boxes [B, 4] of images [B, C, H, H], resized bilinearly to H × H, mirrored where flip [B]:
     one sampling grid, which does not look beyond the box."""
     size, device = images.shape[-1], images.device
-    top, left, height, width = boxes.to(device)[:, :, None].unbind(1)  # [B, 1] each
+    top, left, height, width = send(boxes, device)[:, :, None].unbind(1)  # [B, 1] each
     centres = (torch.arange(size, device=device) + 0.5) / size
     rows = (top + height * centres).clamp(top + 0.5, top + height - 0.5)  # [B, H]
     columns = (left + width * centres).clamp(left + 0.5, left + width - 0.5)
-    columns = torch.where(flip.to(device)[:, None], columns.flip(1), columns)
+    columns = torch.where(send(flip, device)[:, None], columns.flip(1), columns)
     grid = torch.stack((columns[:, None, :].expand(-1, size, -1),
                         rows[:, :, None].expand(-1, -1, size)), 3)
     return F.grid_sample(images, 2 * grid / size - 1, align_corners=False)
@@ -444,10 +476,10 @@ ADJUST = (lambda x, f: blend(x, 0, f),                                          
 def colour_jitter(images, factors, order):
     """Adjust images [B, 3, H, W] in [0, 1] by factors [B, 4] (brightness, contrast, saturation,
     hue), each image in its own order [B, 4] of the four; −1 there adjusts nothing."""
-    images, factors = images.clone(), factors.to(images.device)[:, :, None, None, None]
+    images, factors = images.clone(), send(factors, images.device)[:, :, None, None, None]
     for step in order.T:
         for which, adjust in enumerate(ADJUST):
-            rows = (step == which).nonzero()[:, 0].to(images.device)
+            rows = send((step == which).nonzero()[:, 0], images.device)
             images[rows] = adjust(images[rows], factors[rows, which])
     return images
 
@@ -458,7 +490,7 @@ def gaussian_blur(images, sigma):
     batch, channels, size, _ = images.shape
     radius = size // 20
     kernel = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = torch.exp(-0.5 * (kernel / sigma.to(images.device)[:, None])**2)
+    kernel = torch.exp(-0.5 * (kernel / send(sigma, images.device)[:, None])**2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None]
     images = F.pad(images, (radius,) * 4, mode="reflect").flatten(0, 1)[None]  # [1, B·C, H', W']
     for weight in (kernel[:, :, None, :], kernel[:, :, :, None]):
@@ -481,9 +513,9 @@ def augment(images, settings):
     order = torch.rand(count, 4).argsort(1)
     order[torch.rand(count) >= 0.8] = -1
     views = colour_jitter(views, factors + torch.tensor((1, 1, 1, 0)), order)
-    rows = (torch.rand(count) < 0.2).nonzero()[:, 0].to(device)
+    rows = send((torch.rand(count) < 0.2).nonzero()[:, 0], device)
     views[rows] = TF.rgb_to_grayscale(views[rows], 3)
-    rows = (torch.rand(count) < settings.blur).nonzero()[:, 0].to(device)
+    rows = send((torch.rand(count) < settings.blur).nonzero()[:, 0], device)
     if len(rows):
         views[rows] = gaussian_blur(views[rows], uniform(0.1, 2, len(rows)))
     return torch.cat((views, others), 1)
@@ -507,8 +539,8 @@ class BasicBlock(nn.Module):
             nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+        y = self.bn1(self.conv1(x)).relu_()
+        return (self.bn2(self.conv2(y)) + self.downsample(x)).relu_()
 
 
 class ResNet18(nn.Module):
@@ -529,7 +561,7 @@ class ResNet18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.bn1(self.conv1(x)).relu_())
         return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
 
 
@@ -559,6 +591,18 @@ def make_encoder(settings):
 # share out each pixel: to hide more of one thing a mask must leave another to the others.
 
 
+def upsample_and_convolve(x, skip, weight):
+    """A 3×3 convolution of x [B, C, H', W'], nearest-upsampled to the size of skip, beside skip
+    [B, C', H, W]: weight is [D, C + C', 3, 3]. Where upsampling doubles the size, the four pixels
+    that come of one are the same, and 4 sums of weights do for 9: a transposed convolution."""
+    below, beside = weight.split((x.shape[1], skip.shape[1]), 1)
+    y = F.conv2d(skip, beside, padding=1)
+    if skip.shape[2] != 2 * x.shape[2]:
+        return y + F.conv2d(F.interpolate(x, size=skip.shape[2:]), below, padding=1)
+    sums = 4 * F.avg_pool2d(F.pad(below.flip(2, 3), (1, 1, 1, 1)), 2, 1)  # [D, C, 4, 4]
+    return y + F.conv_transpose2d(x, sums.transpose(0, 1), stride=2, padding=1)
+
+
 class Occluder(nn.Module):
     """Views [B, 3, H, H], H from 32 up, to masks [B, N, H, H] in (0, 1) that sum to 1 over N.
     It has int(log2(H) − 1) stages of c, c, 2c, 2c, 2c, … channels; c, the width, is 8, 16, …:
@@ -571,7 +615,7 @@ class Occluder(nn.Module):
 
         def conv(inner, outer):
             return nn.Sequential(nn.Conv2d(inner, outer, 3, padding=1, bias=False),
-                                 nn.GroupNorm(8, outer), nn.ReLU())
+                                 nn.GroupNorm(8, outer), nn.ReLU(inplace=True))
 
         self.down = nn.ModuleList(map(conv, [3, *channels], channels))
         self.up = nn.ModuleList(conv(2 * inner, outer) for inner, outer in
@@ -587,8 +631,8 @@ class Occluder(nn.Module):
             x = block(x if stage == 0 else F.interpolate(x, scale_factor=0.5))
             skips.append(x)
         x = self.mlp(x.flatten(1)).view(x.shape)
-        for block, skip in zip(self.up, skips[::-1]):
-            x = block(torch.cat((F.interpolate(x, size=skip.shape[2:]), skip), 1))
+        for (conv, norm, relu), skip in zip(self.up, skips[::-1]):
+            x = relu(norm(upsample_and_convolve(x, skip, conv.weight)))
         return self.to_masks(x).float().softmax(1)
 
 
@@ -712,7 +756,7 @@ def hide_blocks(view):
 
 def hide_one(masks):
     """One of the masks [B, N, H, H], drawn per image: [B, 1, H, H] (ADIOS-s, paper section 3.4)."""
-    drawn = torch.randint(masks.shape[1], (len(masks),)).to(masks.device)
+    drawn = send(torch.randint(masks.shape[1], (len(masks),)), masks.device)
     return masks.take_along_dim(drawn[:, None, None, None], 1)
 
 
@@ -738,27 +782,22 @@ LEARNED = ("adios", "adios-s")  # these need an occluder
 
 
 class Player:
-    """One side of the game: a network, its optimiser (AdamW) and its loss scaler."""
+    """One side of the game: a network, its optimiser (AdamW) and its learning rate."""
 
-    def __init__(self, network, lr, settings, dtype):
+    def __init__(self, network, lr, settings):
         self.network, self.lr = network, lr
         trained = [p for p in network.parameters() if p.requires_grad]
         weights, others = ([p for p in trained if (p.ndim > 1) == wide] for wide in (True, False))
         self.optimizer = torch.optim.AdamW([
             dict(params=weights, weight_decay=settings.weight_decay),
-            dict(params=others, weight_decay=0.0)])
-        self.scaler = torch.amp.GradScaler(weights[0].device.type, enabled=dtype == torch.float16)
+            dict(params=others, weight_decay=0.0)], fused=True)
 
-    def step(self, loss, progress):
-        """Descend on the loss. The rate rises linearly over the first tenth of the player's time
-        (progress, 0 to 1) and falls to zero on a cosine."""
+    def set_rate(self, progress):
+        """The rate rises linearly over the first tenth of the player's time (progress, 0 to 1) and
+        falls to zero on a cosine."""
         rise, fall = progress / 0.1, (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * (rise if progress < 0.1 else fall)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
 
 
 @contextlib.contextmanager
@@ -767,7 +806,7 @@ def frozen(model):
     statistics stay as they are (batches are still normalised by their own statistics)."""
     held = [(p, "requires_grad") for p in model.parameters() if p.requires_grad]
     held += [(m, "track_running_stats") for m in model.modules()
-             if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+             if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     try:
         for thing, attribute in held:
             setattr(thing, attribute, False)
@@ -786,14 +825,20 @@ class Game:
         self.model = Siamese(settings).to(device, memory_format=torch.channels_last)
         self.occluder = Occluder(settings.image_size, settings.num_masks, settings.occluder_width
                                  ).to(device, memory_format=torch.channels_last)
-        self.inference = Player(self.model, settings.lr, settings, self.dtype)
-        self.occlusion = Player(self.occluder, settings.occluder_lr, settings, self.dtype)
+        if WORLD > 1 and device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        if settings.compile and can_compile(device):
+            self.model.encoder.compile()
+            self.occluder.compile()
+        self.inference = Player(self.model, settings.lr, settings)
+        self.occlusion = Player(self.occluder, settings.occluder_lr, settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.learned = settings.masks in LEARNED
 
     def parts(self):
         """All that has a state, for checkpoints."""
-        return [part for player in (self.inference, self.occlusion)
-                for part in (player.network, player.optimizer, player.scaler)]
+        return [self.model, self.inference.optimizer, self.occluder, self.occlusion.optimizer,
+                self.scaler]
 
     def normalise(self, images):
         """Images in [0, 1] as the networks see them: 0 is the data set's mean colour."""
@@ -804,56 +849,102 @@ class Game:
         return (contextlib.nullcontext() if self.dtype == torch.float32 else
                 torch.autocast(self.device.type, self.dtype))
 
+    def embed(self, view):
+        """A view's (p, z), float32 [B, D] each, B being all processes' images."""
+        with self.autocast():
+            p, z = self.model(view)
+        whole = gather(z.float())
+        return whole if p is z else gather(p.float()), whole
+
     def paint(self, view):
         """The occluder's masks [B, N, H, H] on a view; None where the scheme needs none."""
         with self.autocast():
             return self.occluder(view) if self.learned else None
 
-    def loss(self, views, hidden):
+    def two_views(self, images):
+        """Views A and B, normalised, of a batch uint8 [B, C, H, H]; and their true masks, which may
+        be its fourth channel: [B, C − 3, H, H] each."""
+        views = [augment(images, self.settings) for _ in "AB"]
+        return [self.normalise(view[:, :3]) for view in views], [view[:, 3:] for view in views]
+
+    def hide(self, views, truths):
+        """For each view that the objective masks: what M painted, and what is hidden of it."""
+        masked = OBJECTIVES[self.settings.ssl][1]
+        painted = [self.paint(views[which]) for which in masked]
+        return painted, [SCHEMES[self.settings.masks](views[which], masks, truths[which])
+                         for which, masks in zip(masked, painted)]
+
+    def loss(self, views, hidden, wholes=None):
         """L, a scalar: how far one of the views A and B, [B, 3, H, H] each, is from the other
         behind its masks, the mean over them. `hidden` has masks [B, K, H, H] for each view that
-        the objective masks. A whole view is encoded once, however many masks there are."""
+        the objective masks. Also returns the embeddings of the whole views, each encoded once,
+        however many masks there are; not even once where they are given."""
         compare, masked = OBJECTIVES[self.settings.ssl]
-        losses = []
-        for which, masks in zip(masked, hidden):
-            with self.autocast():
-                whole = self.model(views[1 - which])
-                behind = [self.model(views[which] * (1 - mask)) for mask in masks.split(1, 1)]
-            losses += [compare(whole, other, self.settings) for other in behind]
-        return torch.stack(losses).mean()
+        wholes = wholes or [self.embed(views[1 - which]) for which in masked]
+        losses = [compare(whole, self.embed(views[which] * (1 - mask)), self.settings)
+                  for which, whole, masks in zip(masked, wholes, hidden)
+                  for mask in masks.split(1, 1)]
+        return torch.stack(losses).mean(), wholes
+
+    def price(self, painted):
+        """λp, a scalar: the price of the masks, of all processes together."""
+        return self.settings.sparsity * gather(sparsity_penalty(torch.cat(painted))).mean()
+
+    def descend(self, loss, *moves):
+        """One step down on a loss for each (player, its progress from 0 to 1) in `moves`. What the
+        gradients of several processes add up to is the gradient of their joint loss."""
+        for player, _ in moves:
+            player.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        for player, progress in moves:
+            player.set_rate(progress)
+            sum_gradients(player.network)
+            self.scaler.step(player.optimizer)
+        self.scaler.update()
 
     def inference_move(self, views, hidden, progress):
-        """I descends on the loss, the masks given. Returns the loss, a scalar."""
-        loss = self.loss(views, [masks.detach() for masks in hidden])
-        self.inference.step(loss, progress)
+        """I descends on the loss, the masks given. Returns the loss and the whole views'
+        embeddings."""
+        loss, wholes = self.loss(views, [masks.detach() for masks in hidden])
+        self.descend(loss, (self.inference, progress))
         self.model.follow(progress)
-        return loss.detach()
+        return loss.detach(), [(p.detach(), z.detach()) for p, z in wholes]
 
-    def occlusion_move(self, views, hidden, painted, progress):
+    def occlusion_move(self, views, painted, hidden, progress, wholes=None):
         """M ascends on the same loss less the price of its masks, I held still. Returns L − λp."""
         with frozen(self.model):
-            gain = self.loss(views, hidden)
-        gain = gain - self.settings.sparsity * sparsity_penalty(torch.cat(painted)).mean()
-        self.occlusion.step(-gain, progress / self.settings.occluder_share)
+            loss, _ = self.loss(views, hidden, wholes)
+        gain = loss - self.price(painted)
+        self.descend(-gain, (self.occlusion, progress / self.settings.occluder_share))
         return gain.detach()
 
+    def joint_move(self, views, painted, hidden, progress):
+        """Both moves by one backward pass: M's gradient turns its sign where it meets the masks.
+        Returns L and L − λp."""
+        loss, _ = self.loss(views, [2 * masks.detach() - masks for masks in hidden])
+        price = self.price(painted)
+        self.descend(loss + price, (self.inference, progress),
+                     (self.occlusion, progress / self.settings.occluder_share))
+        self.model.follow(progress)
+        return loss.detach(), (loss - price).detach()
+
     def play(self, images, progress):
-        """Both moves on a batch of uint8 images [B, C, H, H] (true masks may be the fourth channel)
-        at `progress` (0 to 1) of the run. Returns, on the device: I's loss, M's gain (NaN where it
-        does not move) and the mean area of each mask."""
-        views = [augment(images, self.settings) for _ in "AB"]
-        truths = [view[:, 3:] for view in views]
-        views = [self.normalise(view[:, :3]) for view in views]
-        masked = OBJECTIVES[self.settings.ssl][1]
+        """Both moves on a batch of uint8 images [B, C, H, H] at `progress` (0 to 1) of the run.
+        Returns, on the device: I's loss, M's gain (NaN where it does not move) and the mean area
+        of each mask."""
+        views, truths = self.two_views(images)
         m_moves = self.learned and progress < self.settings.occluder_share
         with torch.set_grad_enabled(m_moves):
-            painted = [self.paint(views[which]) for which in masked]
-        hidden = [SCHEMES[self.settings.masks](views[which], masks, truths[which])
-                  for which, masks in zip(masked, painted)]
-        loss = self.inference_move(views, hidden, progress)
-        # M has not moved since it painted, so its masks still serve
-        gain = (self.occlusion_move(views, hidden, painted, progress) if m_moves else
-                torch.full_like(loss, math.nan))
+            painted, hidden = self.hide(views, truths)
+        if m_moves and self.settings.updates == "simultaneous":
+            loss, gain = self.joint_move(views, painted, hidden, progress)
+        else:
+            loss, wholes = self.inference_move(views, hidden, progress)
+            # M has not moved since it painted, so its masks still serve
+            gain = (self.occlusion_move(views, painted, hidden, progress, wholes) if m_moves else
+                    torch.full_like(loss, math.nan))
+        if m_moves:
+            gain = gain.nan_to_num(math.inf)
         areas = torch.cat(painted if self.learned else hidden).detach().mean((0, 2, 3))
         return torch.cat((torch.stack((loss, gain)), areas))
 
@@ -864,6 +955,41 @@ def precision(device):
         return torch.float32
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16
+
+
+def can_compile(device):
+    """Whether torch.compile works here; says so if it does not."""
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:  # no compiler, no Triton, an odd GPU: each raises its own
+        print(f"torch.compile is not to be had here ({one_line(error)[:80]}): going on without it")
+        return False
+    return True
+
+
+# Under torchrun each process takes its share of every batch; else RANK is 0 and WORLD is 1.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gather(rows):
+    """The rows of all processes, in their order. Gradients reach this process's own rows: `loss`
+    is the same in all of them, and `sum_gradients` adds up what each finds for its share."""
+    if WORLD == 1:
+        return rows
+    parts = [torch.empty_like(rows, requires_grad=False) for _ in range(WORLD)]
+    dist.all_gather(parts, rows.detach().contiguous())
+    parts[RANK] = rows
+    return torch.cat(parts)
+
+
+def sum_gradients(network):
+    """Add up the gradients of all processes."""
+    grads = [p.grad for p in network.parameters() if p.grad is not None] if WORLD > 1 else []
+    if grads:
+        total = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(total)
+        for grad, part in zip(grads, total.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view(grad.shape))
 
 
 # ---- The judges ----------------------------------------------------------------------------------
@@ -973,9 +1099,9 @@ def judge(game, data):
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 
 
-def plot_masks(images, masks, path=None):
-    """Draw images, uint8 [n, 3, H, W], a column each: the image, what each of its masks
-    [n, N, H, W] hides, and all of them over it. Returns the figure; saves it if given a path."""
+def plot_masks(images, masks):
+    """A figure of images, uint8 [n, 3, H, W], a column each: the image, what each of its masks
+    [n, N, H, W] hides, and all of them over it."""
     images, masks = images.cpu().float() / 255, masks.cpu().float()
     palette = torch.tensor([to_rgb(COLOURS[n % len(COLOURS)]) for n in range(masks.shape[1])])
     rows = {"image": images} | {f"mask {n + 1}": mask[:, None].expand(-1, 3, -1, -1)
@@ -990,14 +1116,11 @@ def plot_masks(images, masks, path=None):
             axis.set(xticks=[], yticks=[])
             if title.startswith("mask"):
                 axis.spines[:].set(color=COLOURS[(n - 1) % len(COLOURS)], linewidth=2.5)
-    if path:
-        figure.savefig(path, dpi=110)
     return figure
 
 
-def plot_curves(log, path=None):
-    """Draw a log (a dict per epoch, as log.csv has it): losses, mask areas and the judges' scores.
-    Returns the figure; saves it if given a path."""
+def plot_curves(log):
+    """A figure of a log (a dict per epoch, as log.csv has it): losses, mask areas and scores."""
     panels = (("losses", "loss", {"loss": "I's loss, L", "gain": "M's gain, L − λp"}),
               ("mask areas", "share of the image",
                {key: f"mask {key[5:]}" for key in log[-1] if key.startswith("area")}),
@@ -1011,18 +1134,20 @@ def plot_curves(log, path=None):
         axis.set(title=title, xlabel="epoch", ylabel=unit, ylim=None if unit == "loss" else (0, 1))
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    if path:
-        figure.savefig(path, dpi=110)
     return figure
 
 
 # ---- Training ------------------------------------------------------------------------------------
+# A run survives being cut off: its checkpoint is whole at any moment, and order and crops follow
+# from seed and epoch alone, so that `--resume` goes on as if nothing had happened. And it says so
+# when the game goes wrong.
 
 
 def pick_device(name):
-    """The torch device of that name, or for `auto` the fastest that there is."""
+    """The torch device of that name, or for `auto` the fastest that there is: under torchrun each
+    process takes a GPU of its own."""
     if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
+        name = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         if torch.device(name).type in ("cpu", "cuda", "mps"):
@@ -1033,30 +1158,49 @@ def pick_device(name):
     raise AdiosError(f"--device {name} cannot be used here ({error}): leave it out, or give cpu")
 
 
-def make_out(settings):
-    """The folder for results, made."""
+@contextlib.contextmanager
+def run_folder(settings):
+    """The folder for results, made, held against other runs for as long as the context lasts."""
+    out = Path(settings.out)
     try:
-        Path(settings.out).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=settings.out).close()  # whether it can be written to
+        out.mkdir(parents=True, exist_ok=True)
+        lock = tempfile.TemporaryFile(dir=out) if fcntl is None else open(out / ".lock", "w")
     except OSError as error:
-        raise AdiosError(f"--out {settings.out} cannot be written to ({error.strerror}): name "
-                         "another") from error
-    return Path(settings.out)
+        raise AdiosError(f"--out {out} cannot be written to ({error.strerror}): name another"
+                         ) from error
+    with lock:  # closing it, or the end of the process, gives the lock back
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise AdiosError(f"--out {out} is in use by another run: wait for its end, or name "
+                             "another") from error
+        yield out
+
+
+def write(path, save):
+    """Make a file, whole or not at all: what save(file) writes goes to one beside it that then
+    takes its name."""
+    content, half = io.BytesIO(), path.with_name(path.name + ".part")
+    save(content)
+    try:
+        with open(half, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(path)
+    except OSError as error:
+        half.unlink(missing_ok=True)
+        raise AdiosError(f"{path} cannot be written ({error.strerror}); the last checkpoint is "
+                         "whole: make room, and --resume goes on from it") from error
+
+
+def write_json(path, values):
+    """Make a JSON file."""
+    write(path, lambda file: file.write((json.dumps(values, indent=2) + "\n").encode()))
 
 
 STATE = ("settings", "mean", "std", "log", "seconds", "parts")  # what a checkpoint holds
-
-
-def save_checkpoint(path, game, log, seconds):
-    """Write a checkpoint, whole or not at all: to a file beside it that then takes its name."""
-    state = dict(settings=asdict(game.settings), mean=game.mean.cpu(), std=game.std.cpu(), log=log,
-                 seconds=seconds, parts=[part.state_dict() for part in game.parts()])
-    half = path.with_suffix(".part")
-    with open(half, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    half.replace(path)
 
 
 def read_checkpoint(path):
@@ -1075,7 +1219,7 @@ def read_checkpoint(path):
 
 
 def restore(parts, states):
-    """Give networks, optimisers and scalers their states from a checkpoint."""
+    """Give networks, optimisers and the scaler their states from a checkpoint."""
     try:
         for part, state in zip(parts, states):
             if state:  # a scaler that was not needed has none
@@ -1089,7 +1233,7 @@ def resume(state, game):
     """Put the game where a checkpoint left it; returns (log, seconds)."""
     odd = [f"--no-{flag(name)[2:]}" if was is False else f"{flag(name)} {was}".removesuffix(" True")
            for name, was in state["settings"].items() if was != getattr(game.settings, name)
-           and name not in ("data_dir", "device", "out", "resume", "overwrite")]
+           and name not in ("data_dir", "device", "out", "resume", "overwrite", "compile")]
     if odd:
         raise AdiosError(f"--resume: the checkpoint is of other settings: give {' '.join(odd)}")
     restore(game.parts(), state["parts"])
@@ -1115,34 +1259,71 @@ def ctrl_c():
             signal.signal(signal.SIGINT, before)
 
 
+def check(values, step):
+    """Raise AdiosError if, at a step, what `play` returned or the like is no longer finite."""
+    loss, gain, *areas = values
+    painted = all(map(math.isfinite, areas))
+    if not (painted and math.isfinite(loss)) or math.isinf(gain):
+        player, rate = ("I", "--lr") if painted and not math.isfinite(loss) else (
+            "M", "--occluder-lr")
+        raise AdiosError(f"the numbers of player {player} are no longer finite at step {step}: the "
+                         f"checkpoint holds the epochs before; start anew with a smaller {rate}")
+
+
+def warn(game, row, change, warned):
+    """Say once each what looks wrong in an epoch's row of the log; `change` is how far masks moved,
+    as the mean of |Δm|, since M was looked at last."""
+    areas = [area for name, area in row.items() if name.startswith("area_")]
+    signs = {
+        "the embeddings have collapsed to nearly one point: try a smaller --lr, a larger "
+        "--batch-size or another --ssl": (row["embedding_spread"] or 1) < 0.05,
+        "a mask covers nearly everything: try a larger --sparsity or a smaller --occluder-lr":
+            game.learned and max(areas) > 0.98,
+        "a mask covers nearly nothing: try a larger --sparsity or a smaller --num-masks":
+            game.learned and min(areas) < 0.1 / len(areas),
+        "the occluder has stopped moving: try a larger --occluder-lr or another --seed":
+            change is not None and change < 1e-4}
+    for text, so in signs.items():
+        if so and text not in warned:
+            warned.add(text)
+            tqdm.write(f"adios: warning: epoch {row['epoch']}: {text}", file=sys.stderr)
+
+
 def train_epoch(game, data, epoch, announce, stop):
-    """Play an epoch (from 1) and show it; returns its row of the log. Order and crops follow from
-    seed and epoch alone, so that a resumed run goes on as if it had not stopped. Raises
-    KeyboardInterrupt once there is something in the list `stop`."""
+    """Play an epoch (from 1) and show it; returns its row of the log. Raises AdiosError where the
+    game breaks down, KeyboardInterrupt once there is something in the list `stop`."""
     size, epochs = game.settings.batch_size, game.settings.epochs
     torch.manual_seed(game.settings.seed * 2**20 + epoch)
     order = torch.randperm(len(data.images))
     batches = order[:len(order) // size * size].split(size)
-    start, total, left = time.perf_counter(), 0, epochs - epoch + 1
+    if RANK:  # other processes, other crops
+        torch.manual_seed(game.settings.seed * 2**20 + epoch + RANK * 2**52)
+    start, steps, left = time.perf_counter(), [], epochs - epoch + 1
     with tqdm(total=len(batches) * size, unit="img", desc=f"epoch {epoch}/{epochs}",
-              leave=epoch == epochs) as bar:
+              leave=epoch == epochs, disable=RANK > 0) as bar:
         for i, rows in enumerate(batches):
             if stop:
                 raise KeyboardInterrupt
-            images = data.images[rows].to(game.device, non_blocking=True)
+            rows = rows[RANK::WORLD]
+            images = send(data.images[send(rows, data.images.device)], game.device)
             if game.settings.masks.startswith("object"):
-                images = torch.cat((images, 255 * data.masks[rows, None].to(images)), 1)
-            now = game.play(images, (epoch - 1 + i / len(batches)) / epochs)
-            total = total + now
+                images = torch.cat((images, 255 * send(data.masks[rows, None], game.device)), 1)
+            steps.append(game.play(images, (epoch - 1 + i / len(batches)) / epochs))
             bar.update(size)
-            if i % 10 == 0:  # to read the numbers is to wait for the device
-                loss, gain, *areas = now.tolist()
+            if i % 10 == 0 or i == len(batches) - 1:  # to read numbers is to wait for the device
+                first = max(0, i - 9)
+                for n, values in enumerate(torch.stack(steps[first:]).tolist(), first + 1):
+                    check(values, (epoch - 1) * len(batches) + n)
+                loss, gain, *areas = values
                 bar.set_postfix_str(f"I {loss:.2f}" + f", M {gain:.2f}" * (not math.isnan(gain))
                                     + ", areas" + "".join(f" {area:.2f}" for area in areas))
             if announce and i == min(10, len(batches) - 1):
                 seconds = (time.perf_counter() - start) / (i + 1) * len(batches) * left
                 bar.write(f"{left} epochs will take up to {tqdm.format_interval(seconds)}")
-    loss, gain, *areas = (total / len(batches)).tolist()
+    totals = [sum(p.detach().sum() for p in network.parameters()).item()
+              for network in (game.model, game.occluder)]
+    check((totals[0], 0, totals[1]), epoch * len(batches))
+    loss, gain, *areas = torch.stack(steps).mean(0).tolist()
     return dict(epoch=epoch, loss=loss, gain=None if math.isnan(gain) else gain,
                 **{f"area_{n + 1}": area for n, area in enumerate(areas)},
                 images_per_second=len(batches) * size / (time.perf_counter() - start))
@@ -1151,19 +1332,62 @@ def train_epoch(game, data, epoch, announce, stop):
 def introduce(game, data):
     """Print what will run."""
     settings = game.settings
+    if RANK:
+        return
 
     def size(network):
         return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
 
     masks = f" of {settings.num_masks} masks by {size(game.occluder)}" if game.learned else ""
+    processes = f" × {WORLD} processes" if WORLD > 1 else ""
     print(f"{settings.dataset}: {len(data.images):,} images of {settings.image_size} px in "
-          f"{len(data.classes)} classes | {settings.ssl}, {settings.encoder} of "
-          f"{size(game.model.encoder)} | {settings.masks}{masks} | {game.device}, "
+          f"{len(data.classes)} classes, in {data.place} | {settings.ssl}, {settings.encoder} of "
+          f"{size(game.model.encoder)} | {settings.masks}{masks} | {game.device}{processes}, "
           f"{str(game.dtype)[6:]}")
 
 
+def save_checkpoint(path, game, log, seconds):
+    """Write all that a run needs to go on."""
+    state = dict(settings=asdict(game.settings), mean=game.mean.cpu(), std=game.std.cpu(), log=log,
+                 seconds=seconds, parts=[part.state_dict() for part in game.parts()])
+    write(path, lambda file: torch.save(state, file))
+
+
+def play_epochs(game, data, out, log, seconds):
+    """Play what is left of the run after the epochs in `log` and the seconds they took, judging,
+    drawing and saving on the way; returns the log and the seconds of all."""
+    epochs, first = game.settings.epochs, len(log) + 1
+    some = slice(0, None, max(1, len(data.test_images) // 12))
+    shown, truth = data.test_images[some][:12], data.test_masks
+    truth = None if truth is None else truth[some][:12]
+    masks, warned, change = masks_on(game, shown, truth), set(), None
+    with ctrl_c() as stop:
+        for epoch in range(first, epochs + 1):
+            start = time.perf_counter()
+            row = train_epoch(game, data, epoch, epoch == first, stop)
+            due = epoch % max(1, min(10, epochs // 4)) == 0 or epoch == epochs
+            log.append(row | (judge(game, data) if due else dict.fromkeys(JUDGES)))
+            if due:
+                before, masks = masks, masks_on(game, shown, truth)
+                if game.learned and epoch <= game.settings.occluder_share * epochs:
+                    change = (masks - before).abs().mean().item()
+                warn(game, log[-1], change, warned)
+                for name, figure in (("curves", plot_curves(log)),
+                                     ("masks", plot_masks(shown, masks))):
+                    write(out / f"{name}.png", lambda file: figure.savefig(file, dpi=110))
+            table = io.StringIO(newline="")
+            writer = csv.DictWriter(table, log[0])
+            writer.writeheader()
+            writer.writerows(log)
+            write(out / "log.csv", lambda file: file.write(table.getvalue().encode()))
+            seconds += time.perf_counter() - start
+            save_checkpoint(out / "checkpoint.pt", game, log, seconds)
+    return log, seconds
+
+
 def train(settings):
-    """Play the whole game and judge it; returns what results.json holds.
+    """Play the whole game and judge it; returns what results.json holds (None in all but the first
+    of several processes).
 
     Into settings.out go masks.png, curves.png, log.csv and checkpoint.pt, renewed on the way, and
     results.json and encoder.pt, in the end. Raises AdiosError for what the user can mend.
@@ -1172,49 +1396,42 @@ def train(settings):
     if path.exists() and not (settings.resume or settings.overwrite):
         raise AdiosError(f"--out {settings.out} holds a run already: give --resume to go on with "
                          "it, --overwrite to replace it, or another --out")
+    if settings.batch_size % WORLD or settings.batch_size < 2 * WORLD:
+        raise AdiosError(f"--batch-size {settings.batch_size}: give a multiple of {WORLD}, the "
+                         f"number of processes, from {2 * WORLD} up")
     state = read_checkpoint(path) if settings.resume else None
+    if RANK:
+        dist.barrier()  # process 0 downloads and decodes, the others find it done
     data = load_data(settings)
+    if WORLD > 1 and not RANK:
+        dist.barrier()
     torch.manual_seed(settings.seed)
     game = Game(settings, *data.statistics(), device)
     data.to(device)
     introduce(game, data)
     untrained = {f"{name}_untrained": score for name, score in judge(game, data).items()}
     log, seconds = resume(state, game) if state else ([], 0.0)
-    out = make_out(settings)
-    if not state:
-        for name in ("log.csv", "results.json", "encoder.pt", "masks.png", "curves.png"):
-            (out / name).unlink(missing_ok=True)  # of the run that is overwritten
-        save_checkpoint(path, game, log, seconds)
-    some = slice(0, None, max(1, len(data.test_images) // 12))
-    shown = data.test_images[some][:12]
-    truth = None if data.test_masks is None else data.test_masks[some][:12]
-    first = len(log) + 1
-    try:
-        with ctrl_c() as stop:
-            for epoch in range(first, settings.epochs + 1):
-                start = time.perf_counter()
-                row = train_epoch(game, data, epoch, epoch == first, stop)
-                due = epoch % max(1, settings.epochs // 4) == 0 or epoch == settings.epochs
-                log.append(row | (judge(game, data) if due else dict.fromkeys(JUDGES)))
-                if due:
-                    plot_curves(log, out / "curves.png")
-                    plot_masks(shown, masks_on(game, shown, truth), out / "masks.png")
-                with open(out / "log.csv", "w", newline="") as file:
-                    writer = csv.DictWriter(file, log[0])
-                    writer.writeheader()
-                    writer.writerows(log)
-                seconds += time.perf_counter() - start
-                save_checkpoint(path, game, log, seconds)
-    except KeyboardInterrupt:
-        print(f"\nstopped: {path} holds {len(log)} of {settings.epochs} epochs; "
-              "--resume goes on from there", file=sys.stderr)
-        raise
-    results = {**{name: log[-1][name] for name in JUDGES}, **untrained, "seconds": seconds,
-               "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
-               "settings": asdict(settings)}
-    encoder = {name: value.cpu() for name, value in game.model.encoder.state_dict().items()}
-    torch.save(encoder, out / "encoder.pt")
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if RANK:  # process 0 judges, shows and writes
+        for epoch in range(len(log) + 1, settings.epochs + 1):
+            train_epoch(game, data, epoch, False, [])
+        return None
+    with run_folder(settings) as out:
+        if not state:
+            for name in ("log.csv", "results.json", "encoder.pt", "masks.png", "curves.png"):
+                (out / name).unlink(missing_ok=True)  # of the run that is overwritten
+            save_checkpoint(path, game, log, seconds)
+        try:
+            log, seconds = play_epochs(game, data, out, log, seconds)
+        except KeyboardInterrupt:
+            print(f"\nstopped: {path} holds {len(log)} of {settings.epochs} epochs; "
+                  "--resume goes on from there", file=sys.stderr)
+            raise
+        results = {**{name: log[-1][name] for name in JUDGES}, **untrained, "seconds": seconds,
+                   "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
+                   "settings": asdict(settings)}
+        encoder = {name: value.cpu() for name, value in game.model.encoder.state_dict().items()}
+        write(out / "encoder.pt", lambda file: torch.save(encoder, file))
+        write_json(out / "results.json", results)
     return results
 
 
@@ -1247,7 +1464,7 @@ def finetune(game, data):
     tuned = copy.copy(game)
     tuned.model = copy.deepcopy(game.model)
     layer = nn.Linear(make_encoder(settings)[1], len(data.classes), device=game.device)
-    player = Player(nn.Sequential(tuned.model.encoder, layer), settings.lr, settings, game.dtype)
+    player = Player(nn.Sequential(tuned.model.encoder, layer), settings.lr, settings)
     size = min(settings.batch_size, len(rows))
     for epoch in tqdm(range(settings.epochs), desc="fine-tuning", leave=False):
         batches = rows[torch.randperm(len(rows))].split(size)[:len(rows) // size]
@@ -1255,8 +1472,8 @@ def finetune(game, data):
             images, labels = (part[batch].to(game.device) for part in (data.images, data.labels))
             with game.autocast():
                 scores = player.network(game.normalise(augment(images, settings)))
-            player.step(F.cross_entropy(scores.float(), labels),
-                        (epoch + i / len(batches)) / settings.epochs)
+            tuned.descend(F.cross_entropy(scores.float(), labels),
+                          (player, (epoch + i / len(batches)) / settings.epochs))
     return layer(features(tuned, data.test_images)).detach()
 
 
@@ -1327,11 +1544,92 @@ def evaluate(settings):
     if {"mixed_same", "mixed_rand"} <= data.backgrounds.keys():
         gap = results["linear_mixed_same"] - results["linear_mixed_rand"]
         results["linear_background_gap"] = gap
-    out = make_out(settings)
-    (out / "evaluation.json").write_text(json.dumps(results | {"settings": asdict(settings)},
-                                                    indent=2) + "\n")
+    with run_folder(settings) as out:
+        write_json(out / "evaluation.json", results | {"settings": asdict(settings)})
     print("\n".join(f"{name:24}{value:8.3f}" for name, value in results.items())
           + f"\n\n{out / 'evaluation.json'} holds the same")
+    return results
+
+
+# ---- The benchmark -------------------------------------------------------------------------------
+
+
+def timed(phases, device, least=10):
+    """Time functions, by their names, in turn and again, so that what else the machine does falls
+    on all alike: seconds, [functions, rounds], of five rounds or more and `least` seconds or more,
+    after one to warm up."""
+    rounds, start = [], time.perf_counter()
+    with tqdm(desc="timing", unit="round", leave=False) as bar:
+        while len(rounds) < 6 or time.perf_counter() - start < least:
+            rounds.append([])
+            for run in phases.values():
+                since = time.perf_counter()
+                run()
+                if device.type != "cpu":
+                    torch.accelerator.synchronize(device)
+                rounds[-1].append(time.perf_counter() - since)
+            bar.update()
+    return torch.tensor(rounds[1:]).T
+
+
+def peak_memory(device):
+    """The most memory used so far, in MB: the GPU's or else the process's; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def bench(settings):
+    """Time the parts of a step on random images; prints a table and a JSON line and writes
+    bench.json into settings.out. Returns what it holds: medians in milliseconds, `simclr_steps`,
+    the cost of a step in steps of plain SimCLR with the same encoder, the TFLOP/s of a step's
+    convolutions and matrix products (`tflops`), and its share of a large matrix product's."""
+    device, size, batch = pick_device(settings.device), settings.image_size, settings.batch_size
+    half = torch.full((1, 3, 1, 1), 0.5)
+    game = Game(settings, half, half, device)
+    plain = Game(replace(settings, ssl="simclr", masks="none"), half, half, device)
+    channels = 4 if settings.masks.startswith("object") else 3
+    images = torch.randint(256, (batch, channels, size, size), dtype=torch.uint8).to(device)
+    bank = torch.randn(5000, make_encoder(settings)[1]).to(device)
+    labels = torch.randint(10, (5000,)).to(device)
+    side = 2048 if device.type == "cpu" else 8192
+    matrix = torch.randn(side, side).to(device, game.dtype)
+    views, truths = game.two_views(images)
+    with torch.no_grad():
+        _, hidden = game.hide(views, truths)
+    _, wholes = game.inference_move(views, hidden, 0.0)
+    phases = {"a step": lambda: game.play(images, 0.0),
+              "a step of plain SimCLR": lambda: plain.play(images, 0.0),
+              "two views": lambda: game.two_views(images)}
+    if game.learned and settings.updates == "simultaneous":
+        phases["both moves"] = lambda: game.joint_move(views, *game.hide(views, truths), 0.0)
+    else:
+        phases["I's move"] = lambda: game.inference_move(views, hidden, 0.0)
+        if game.learned:
+            phases["painting and M's move"] = lambda: game.occlusion_move(
+                views, *game.hide(views, truths), 0.0, wholes)
+    phases["k-NN of a batch"] = lambda: knn_votes(bank, labels, features(game, images))
+    phases["matrix product"] = lambda: matrix @ matrix
+    with FlopCounterMode(display=False) as counter:
+        game.play(images, 0.0)
+    seconds = timed(phases, device)
+    median = dict(zip(phases, seconds.median(1).values.tolist()))
+    results = {"images_per_second": batch / median["a step"],
+               "simclr_steps": (seconds[0] / seconds[1]).median().item(),
+               "tflops": counter.get_total_flops() / median["a step"] / 1e12,
+               "matmul_tflops": 2 * side**3 / median["matrix product"] / 1e12,
+               "peak_memory_mb": peak_memory(device),
+               "milliseconds": {name: 1000 * value for name, value in median.items()},
+               "device": (torch.cuda.get_device_name(device) if device.type == "cuda" else
+                          f"{torch.get_num_threads()} CPU threads"),
+               "precision": str(game.dtype)[6:], "settings": asdict(settings)}
+    results["share_of_matmul"] = results["tflops"] / results["matmul_tflops"]
+    with run_folder(settings) as out:
+        write_json(out / "bench.json", results)
+    for name, value in results["milliseconds"].items():
+        print(f"{name:24}{value:10.1f} ms")
+    print(json.dumps(results))
     return results
 
 
@@ -1383,14 +1681,27 @@ def show(results):
           f"masks.png, curves.png and the rest are in {results['settings']['out']}")
 
 
+def keep_memory():
+    """Have glibc keep freed memory: to get it anew, zeroed, cost a tenth of a step on CPUs."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems' C libraries
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**30)
+
+
 def main(argv=None):
     """Run the command line; returns the exit code."""
+    keep_memory()
     try:
         settings = parse(argv)
-        if settings.evaluate:
+        if WORLD > 1:
+            dist.init_process_group("nccl" if pick_device(settings.device).type == "cuda" else
+                                    "gloo")
+        if settings.bench:
+            bench(settings)
+        elif settings.evaluate:
             evaluate(settings)
-        else:
-            show(train(settings))
+        elif results := train(settings):
+            show(results)
     except AdiosError as error:
         print(f"adios: error: {error}", file=sys.stderr)
         return 2

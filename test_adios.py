@@ -1,6 +1,7 @@
 """Tests of adios.py: `python -m pytest`. They use nothing outside the repository."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -11,8 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import hypothesis
 import nbclient
 import nbformat
 import numpy as np
@@ -21,6 +24,7 @@ import scipy.io
 import torch
 import torch.nn.functional as F
 import torchvision
+from hypothesis import strategies
 from PIL import Image
 from sklearn import cluster, linear_model, metrics, preprocessing
 from torchvision.transforms import v2
@@ -38,6 +42,13 @@ def clean(monkeypatch, tmp_path):
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A finished run of SMALL settings and 3 epochs: its folder and its results."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, adios.train(Settings(**SMALL | dict(epochs=3), out=str(out)))
 
 
 def run(*arguments, **more):
@@ -135,6 +146,15 @@ def test_masks_share_out_every_pixel(size, stages):
     torch.testing.assert_close(masks.sum(1), torch.ones(2, size, size))
 
 
+@pytest.mark.parametrize("small, large", [(6, 12), (6, 13), (5, 5)])
+def test_upsampling_within_the_convolution_is_upsampling_before_it(small, large):
+    x, skip = torch.randn(2, 3, small, small), torch.randn(2, 4, large, large)
+    weight = torch.randn(5, 7, 3, 3)
+    both = torch.cat((F.interpolate(x, size=skip.shape[2:]), skip), 1)
+    torch.testing.assert_close(adios.upsample_and_convolve(x, skip, weight),
+                               F.conv2d(both, weight, padding=1), atol=1e-5, rtol=1e-5)
+
+
 def test_every_part_of_the_occluder_reaches_its_masks():
     occluder = adios.Occluder(32, 2, 8)
     occluder(torch.randn(4, 3, 32, 32))[:, 0].square().sum().backward()
@@ -159,7 +179,7 @@ def test_moves_leave_the_other_player_untouched():
         model = snapshot(game.model)  # the batch-norm statistics among it
         trained = [p for p in game.model.parameters() if p.requires_grad]
         gradients = [p.grad.clone() for p in trained]
-        game.occlusion_move(views, hidden, painted, 0.1)
+        game.occlusion_move(views, painted, hidden, 0.1)
         assert same(game.model, model) and not same(game.occluder, occluder)
         assert all(torch.equal(p.grad, g) for p, g in zip(trained, gradients))
         assert trained == [p for p in game.model.parameters() if p.requires_grad]
@@ -176,12 +196,12 @@ def test_a_small_step_of_i_lowers_the_loss_and_one_of_m_raises_it(scheme, ssl):
         painted = [game.paint(views[which]) for which in adios.OBJECTIVES[ssl][1]]
         return painted, [adios.SCHEMES[scheme](None, masks, None) for masks in painted]
 
-    before = game.loss(views, hide()[1]).item()
+    before = game.loss(views, hide()[1])[0].item()
     game.inference_move(views, hide()[1], 0.1)
-    between = game.loss(views, hide()[1]).item()
+    between = game.loss(views, hide()[1])[0].item()
     painted, hidden = hide()
-    game.occlusion_move(views, hidden, painted, 0.1)
-    after = game.loss(views, hide()[1]).item()
+    game.occlusion_move(views, painted, hidden, 0.1)
+    after = game.loss(views, hide()[1])[0].item()
     assert between < before - 1e-5 and after > between + 1e-6
 
 
@@ -194,7 +214,7 @@ def test_m_pays_for_its_masks():
         before = adios.sparsity_penalty(game.paint(views[1])).mean()
     for _ in range(10):
         masks = game.paint(views[1])
-        game.occlusion_move(views, [adios.hide_one(masks)], [masks], 0.1)
+        game.occlusion_move(views, [masks], [adios.hide_one(masks)], 0.1)
     assert adios.sparsity_penalty(game.paint(views[1])).mean() < 0.7 * before
 
 
@@ -202,19 +222,19 @@ def test_m_gains_the_loss_less_the_price_of_all_masks():
     game = make_game(masks="adios", sparsity=0.7)
     views = make_views(game)
     masks = game.paint(views[1])
-    loss = game.loss(views, [masks]).item()
+    loss = game.loss(views, [masks])[0].item()
     price = adios.sparsity_penalty(masks).mean().item()
     gain = game.occlusion_move(views, [masks], [masks], 0.1).item()
     assert gain == pytest.approx(loss - 0.7 * price, abs=1e-4)
 
 
-@pytest.mark.parametrize("ssl, encodings, paintings", [("simclr", 4, 1), ("simsiam", 8, 2)])
-def test_whole_views_are_encoded_once_per_player(ssl, encodings, paintings):
+@pytest.mark.parametrize("ssl, encodings, paintings", [("simclr", 7, 1), ("simsiam", 14, 2)])
+def test_whole_views_are_encoded_once(ssl, encodings, paintings):
     game, calls = make_game(masks="adios", num_masks=3, ssl=ssl), []
     game.model.encoder.register_forward_hook(lambda *_: calls.append("encode"))
     game.occluder.register_forward_hook(lambda *_: calls.append("paint"))
     game.play(adios.load_data(Settings(**SMALL)).images[:16], 0.1)
-    assert calls == paintings * ["paint"] + 2 * encodings * ["encode"]
+    assert calls == paintings * ["paint"] + encodings * ["encode"]
 
 
 def test_the_loss_is_the_mean_over_the_masks_of_a_against_masked_b():
@@ -224,7 +244,8 @@ def test_the_loss_is_the_mean_over_the_masks_of_a_against_masked_b():
     z_a, *z_b = (game.model(view)[1] for view in (
         view_a, *(view_b - view_b * masks[:, n:n + 1] for n in range(3))))
     parts = [adios.nt_xent(z_a, z, game.settings.temperature).item() for z in z_b]
-    assert game.loss((view_a, view_b), [masks]).item() == pytest.approx(sum(parts) / 3, abs=1e-4)
+    assert game.loss((view_a, view_b), [masks])[0].item() == pytest.approx(
+        sum(parts) / 3, abs=1e-4)
 
 
 def test_simsiam_masks_both_views_in_turn():
@@ -237,8 +258,35 @@ def test_simsiam_masks_both_views_in_turn():
         return (adios.simsiam_loss(p, y) + adios.simsiam_loss(q, z)).item() / 2
 
     expected = (distance(view_a * (1 - masks_a), view_b) + distance(view_a, view_b * (1 - masks_b)))
-    assert game.loss((view_a, view_b), [masks_a, masks_b]).item() == pytest.approx(
+    assert game.loss((view_a, view_b), [masks_a, masks_b])[0].item() == pytest.approx(
         expected / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("ssl", adios.OBJECTIVES)
+def test_one_backward_pass_has_the_gradients_of_both_moves(ssl):
+    game = make_game(ssl=ssl, masks="adios", updates="simultaneous", sparsity=0.3)
+    views, truths = game.two_views(adios.load_data(Settings(**SMALL)).images[:16])
+    painted, hidden = game.hide(views, truths)
+    loss, _ = game.loss(views, hidden)
+    ours = [p for p in game.model.parameters() if p.requires_grad]
+    descent = torch.autograd.grad(loss, ours, retain_graph=True)
+    ascent = torch.autograd.grad(loss - 0.3 * adios.sparsity_penalty(torch.cat(painted)).mean(),
+                                 [*game.occluder.parameters()])
+    painted, hidden = game.hide(views, truths)
+    shown = game.joint_move(views, painted, hidden, 0.1)
+    assert shown[0].item() == pytest.approx(loss.item(), abs=1e-5) and shown[1] < shown[0]
+    for p, gradient in zip(ours, descent):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
+    for p, gradient in zip(game.occluder.parameters(), ascent):
+        torch.testing.assert_close(p.grad, -gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_simultaneous_updates_move_both_players():
+    game = make_game(updates="simultaneous")
+    occluder, model = snapshot(game.occluder), snapshot(game.model)
+    loss, gain, *_ = game.play(adios.load_data(Settings(**SMALL)).images[:16], 0.1).tolist()
+    assert math.isfinite(gain) and gain < loss
+    assert not same(game.occluder, occluder) and not same(game.model, model)
 
 
 def test_without_learned_masks_only_i_moves():
@@ -397,7 +445,7 @@ def test_learning_rate_rises_then_falls_to_zero():
     game = make_game(lr=1.0, occluder_lr=0.5)
     rates = []
     for progress in (0, 0.05, 0.1, 0.55, 1):
-        game.inference.step(sum(p.sum() for p in game.model.parameters()), progress)
+        game.descend(sum(p.sum() for p in game.model.parameters()), (game.inference, progress))
         rates.append(game.inference.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
 
@@ -672,6 +720,29 @@ def test_folder_is_resized_cropped_and_labelled(tmp_path):
         assert (image[:, 2:-2] == 255).all()
 
 
+def test_images_of_all_kinds_are_read(tmp_path):
+    """Palette, grey, CMYK, 16 bits, transparent, animated; names with spaces and umlauts."""
+    write_folder(tmp_path / "d", ("cat", "Bär und Öl"), 7)
+    grey = np.full((64, 64), 100, np.uint8)
+    place = tmp_path / "d/train/Bär und Öl"
+    for path in place.iterdir():
+        path.unlink()
+    images = {"a.png": Image.fromarray(np.uint16(grey) * 257), "b ü.png": Image.fromarray(grey),
+              "c.bmp": Image.fromarray(grey).convert("P"),
+              "d.tif": Image.fromarray(grey).convert("CMYK"),
+              "e.png": Image.fromarray(grey).convert("RGBA"),
+              "f.png": Image.fromarray(grey).convert("1", dither=Image.Dither.NONE)}
+    images["g.webp"] = images["b ü.png"].convert("RGB")
+    for name, image in images.items():
+        more = dict(save_all=True, append_images=[Image.new("RGB", (64, 64))], lossless=True)
+        image.save(place / name, **more if name == "g.webp" else {})  # animated
+    data = adios.load_data(folder_settings(batch_size=2))
+    found = data.images[:7].float().mean((2, 3))
+    assert data.classes == ["Bär und Öl", "cat"] and (data.labels == 0).sum() == 7
+    assert (found[[0, 1, 2, 3, 4, 6]] - 100).abs().max() <= 2
+    assert found[5].tolist() == [0, 0, 0]
+
+
 def test_folder_is_cached_until_a_file_changes(monkeypatch, tmp_path):
     write_folder(tmp_path / "d")
     first, decoded = adios.load_data(folder_settings()), []
@@ -685,6 +756,28 @@ def test_folder_is_cached_until_a_file_changes(monkeypatch, tmp_path):
     assert len(list((tmp_path / "cache/adios").iterdir())) == 4  # two splits at two sizes
     assert torch.equal(adios.load_data(folder_settings()).images, second.images)
     assert len(decoded) == 16 + 32
+
+
+def test_a_full_disk_under_the_cache_is_one_line(monkeypatch, capsys, tmp_path):
+    write_folder(tmp_path / "d")
+    before = sorted(tmp_path.rglob("*"))
+
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    opened = open
+
+    def full(path, mode="r", *more):
+        opened(path, mode, *more).close()
+        return Full()
+
+    monkeypatch.setattr(adios, "open", full, raising=False)
+    assert adios.main(["--dataset", "folder", "--data-dir", "d", "--batch-size", "8"]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("adios: error: ") and "No space left" in line
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [
+        path for path in before if path.is_file()]
 
 
 def test_a_damaged_cache_is_made_anew(monkeypatch, tmp_path):
@@ -870,12 +963,12 @@ def test_flowers102_is_read(monkeypatch, tmp_path):
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
-def test_plot_masks_shows_what_it_is_given(tmp_path):
+def test_plot_masks_shows_what_it_is_given():
     images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
     images[:, 0] = 255
     masks = torch.zeros(3, 2, 8, 8)
     masks[:, 0, :4], masks[:, 1, 4:] = 1, 1
-    figure = adios.plot_masks(images, masks, tmp_path / "m.png")
+    figure = adios.plot_masks(images, masks)
     shown = [axis.images[0].get_array() for axis in figure.axes]
     assert len(shown) == 4 * 3
     assert (shown[0] == [1, 0, 0]).all()
@@ -883,7 +976,163 @@ def test_plot_masks_shows_what_it_is_given(tmp_path):
     top, bottom = (np.array(adios.to_rgb(colour)) for colour in adios.COLOURS[:2])
     assert np.allclose(shown[9][0, 0], 0.35 * np.array([1, 0, 0]) + 0.65 * top, atol=1e-6)
     assert np.allclose(shown[9][7, 0], 0.35 * np.array([1, 0, 0]) + 0.65 * bottom, atol=1e-6)
-    assert Image.open(tmp_path / "m.png").size[0] > 300
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+PROCESS = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import adios, test_adios
+dist.init_process_group("gloo")
+mine = slice(8 * dist.get_rank(), 8 * dist.get_rank() + 8)
+given = torch.load("given.pt")
+z = [part[mine].requires_grad_() for part in given["z"]]
+loss = adios.nt_xent(*(adios.gather(part) for part in z), 0.2)
+loss.backward()
+game = test_adios.make_game(ssl=sys.argv[2], masks="adios")
+torch.manual_seed(dist.get_rank())
+shown = [game.play(torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), 0.1) for _ in range(3)]
+exact = test_adios.two_steps([view[mine] for view in given["views"]])
+torch.save(dict(loss=loss.detach(), grads=[part.grad for part in z], shown=shown,
+                players=[dict(game.model.named_parameters()), game.occluder.state_dict()],
+                exact=[exact.model.state_dict(), exact.occluder.state_dict()]),
+           f"{dist.get_rank()}.pt")
+"""
+
+
+def two_steps(views):
+    """Two steps of a game without batch-norm, which would see each process's images only."""
+    torch.manual_seed(0)
+    game = make_game(encoder="vit_tiny", masks="adios", lr=1e-3)
+    for progress in (0.1, 0.2):
+        painted, hidden = game.hide(views, [None, None])
+        game.inference_move(views, hidden, progress)
+        game.occlusion_move(views, painted, hidden, progress)
+    return game
+
+
+def torchrun(*arguments):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node=2", *map(str, arguments)], capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("ssl", adios.OBJECTIVES)
+def test_two_processes_play_one_game(tmp_path, ssl):
+    """NT-Xent and its gradients are those of the joined batch; the players stay equal in both."""
+    z = [torch.randn(16, 5, requires_grad=True) for _ in range(2)]
+    views = torch.randn(2, 16, 3, 32, 32)
+    torch.save(dict(z=[part.detach() for part in z], views=views), "given.pt")
+    (tmp_path / "process.py").write_text(PROCESS)
+    torchrun("process.py", HERE, ssl)
+    loss = adios.nt_xent(*z, 0.2)
+    loss.backward()
+    expected = two_steps(list(views))
+    first, second = (torch.load(f"{rank}.pt") for rank in range(2))
+    for found in (first, second):
+        assert found["loss"].item() == pytest.approx(loss.item(), abs=1e-5)
+        assert [steps[0] for steps in found["shown"]] == [steps[0] for steps in first["shown"]]
+        for network, state in zip((expected.model, expected.occluder), found["exact"]):
+            for name, value in network.state_dict().items():
+                torch.testing.assert_close(state[name], value, atol=2e-4, rtol=0)
+    for whole, *parts in zip(z, first["grads"], second["grads"]):
+        torch.testing.assert_close(torch.cat(parts), whole.grad)
+    for ours, theirs in zip(first["players"], second["players"]):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_two_processes_play_a_run(tmp_path):
+    """Process 0 alone shows and writes."""
+    done = torchrun(HERE / "adios.py", "--limit", "1280", "--epochs", "2", "--out", "o")
+    assert "cpu × 2 processes" in done.stdout and done.stdout.count("1,280 images") == 1
+    results = json.loads((tmp_path / "o/results.json").read_text())
+    assert results["knn"] > 0.4 and (tmp_path / "o/encoder.pt").exists()
+
+
+def test_batches_must_divide_among_processes(monkeypatch, capsys):
+    monkeypatch.setattr(adios, "WORLD", 3)
+    with pytest.raises(adios.AdiosError, match="multiple of 3"):
+        adios.train(Settings(**SMALL, out="o"))
+
+
+# ---- The benchmark -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [("--masks", "adios"), ("--updates", "simultaneous"),
+                                  ("--masks", "object"), ("--ssl", "simsiam", "--masks", "none")])
+def test_bench_says_what_a_step_costs(capsys, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(adios, "timed", lambda phases, device: torch.arange(
+        1.0, len(phases) + 1)[:, None].repeat(1, 3))  # phase n takes n seconds
+    assert adios.main(["--bench", "--batch-size", "8", "--width", "8", "--out", "o", *more]) == 0
+    *table, line = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert found == json.loads((tmp_path / "o/bench.json").read_text())
+    assert found["images_per_second"] == 8 and found["simclr_steps"] == 0.5
+    assert found["milliseconds"]["a step"] == 1000 and "two views" in found["milliseconds"]
+    assert ("both moves" in found["milliseconds"]) == ("simultaneous" in more)
+    assert found["matmul_tflops"] == pytest.approx(
+        2 * 2048**3 / len(found["milliseconds"]) / 1e12)
+    assert found["share_of_matmul"] == pytest.approx(found["tflops"] / found["matmul_tflops"])
+    assert 100 < found["peak_memory_mb"] < 1e5 and len(table) == len(found["milliseconds"])
+
+
+def test_bench_counts_the_products_of_a_step(monkeypatch):
+    """Plain SimCLR: every layer's products forward once and backward twice, for two views, but no
+    gradient for the images; and NT-Xent's similarities."""
+    monkeypatch.setattr(adios, "timed", lambda phases, device: torch.ones(len(phases), 3))
+    settings = Settings(masks="none", batch_size=4, width=8, out="o", device="cpu")
+    found, products = adios.bench(settings)["tflops"] * 1e12, []
+    game = make_game(masks="none")
+
+    def count(layer, inputs, output):
+        inner = layer.weight[0].numel()
+        products.append((output.numel() * inner, inputs[0].shape[1] == 3))
+
+    for layer in game.model.modules():
+        if hasattr(layer, "weight") and layer.weight.ndim > 1:
+            layer.register_forward_hook(count)
+    game.model(torch.randn(4, 3, 32, 32))
+    expected = 2 * sum(2 * n * (2 if stem else 3) for n, stem in products) + 3 * 2 * 8 * 8 * 128
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_timing_takes_turns(monkeypatch):
+    calls = []
+    phases = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = adios.timed(phases, torch.device("cpu"), least=0)
+    assert seconds.shape == (2, 5) and (seconds >= 0).all() and calls == ["a", "b"] * 6
+
+
+def test_bench_two_views_against_pillow(request, capsys):
+    """Not part of the default run: `python -m pytest -k bench_two_views`. Both on one thread."""
+    if "bench" not in request.config.getoption("keyword"):
+        pytest.skip("a benchmark: pytest -k bench")
+    size, count = 96, 128
+    settings = Settings(dataset="stl10")
+    images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
+    pillow = v2.Compose([
+        v2.RandomResizedCrop(size, (settings.min_crop, 1)), v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(9, (0.1, 2))], settings.blur),
+        v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
+    pictures = [v2.functional.to_pil_image(image) for image in images]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rates = adios.timed({
+            "ours": lambda: [adios.augment(images, settings) for _ in "AB"],
+            "Pillow": lambda: torch.stack([pillow(p) for p in pictures for _ in "AB"])},
+            torch.device("cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    ours, theirs = (count / rates.median(1).values).tolist()
+    with capsys.disabled():
+        print(f"\ntwo views at 96 px, images/s on one thread: {ours:.0f}; torchvision's transforms "
+              f"of Pillow images: {theirs:.0f}; {ours / theirs:.1f} times")
+    assert ours > 3 * theirs
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -927,7 +1176,7 @@ def test_a_run_goes_on_at_another_precision(monkeypatch):
     adios.train(Settings(**SMALL, out="o"))
     state = adios.read_checkpoint("o/checkpoint.pt")
     game = make_game(batch_size=32)
-    game.inference.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    game.scaler = torch.amp.GradScaler("cpu", enabled=True)
     assert adios.resume(state | {"settings": adios.asdict(game.settings)}, game)[0]
     assert same(game.model, state["parts"][0])
 
@@ -954,9 +1203,7 @@ def weights(folder):
             if isinstance(value, torch.Tensor)], state
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(monkeypatch, capsys):
-    settings = dict(SMALL, epochs=3)
-    whole = adios.train(Settings(**settings, out="whole"))
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(monkeypatch, capsys, whole):
     epoch = adios.train_epoch
 
     def interrupted(game, data, number, announce, stop):
@@ -964,21 +1211,176 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(monkeypatch, capsys):
             signal.raise_signal(signal.SIGINT)
         return epoch(game, data, number, announce, stop)
 
-    monkeypatch.setattr(adios, "train_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        adios.train(Settings(**settings, out="parts"))
+    settings = Settings(**SMALL | dict(epochs=3), out="parts")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(adios, "train_epoch", interrupted)
+        adios.train(settings)
     assert "holds 2 of 3 epochs" in capsys.readouterr().err
-    monkeypatch.setattr(adios, "train_epoch", epoch)
-    parts = adios.train(Settings(**settings, out="parts", resume=True))
-    for name in ("knn", "knn_shuffled_background", "object_iou", "knn_untrained"):
-        assert parts[name] == whole[name]
-    ours, theirs = weights("whole")[0], weights("parts")[0]
-    assert ours and all(torch.equal(a, b) for a, b in zip(ours, theirs))
-    for a, b in zip(weights("whole")[1]["log"], weights("parts")[1]["log"]):
-        assert {**a, "images_per_second": 0} == {**b, "images_per_second": 0}
+    adios.train(adios.replace(settings, resume=True))
+    equal_runs(whole[0], "parts")
 
 
-@pytest.mark.parametrize("moment", ["o/log.csv", "o/checkpoint.part"])
+class Cut(BaseException):
+    """What ends a run at once, as the loss of power does."""
+
+
+@pytest.mark.parametrize("function, call", [
+    ("judge", 3), ("plot_masks", 2), ("save_checkpoint", 3), ("augment", 5), ("augment", 8),
+    ("write", 1), ("write", 5), ("write_json", 1)])
+def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(monkeypatch, whole, function, call):
+    """In the judge, while drawing or writing, between epochs and in the midst of one."""
+    calls, original = [], getattr(adios, function)
+
+    def cut(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise Cut
+        return original(*arguments, **options)
+
+    settings = Settings(**SMALL | dict(epochs=3), out="parts")
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(adios, function, cut)
+        adios.train(settings)
+    kept = Path("parts/checkpoint.pt").exists()
+    assert kept == ((function, call) != ("write", 1))
+    parts = adios.train(adios.replace(settings, resume=kept))
+    equal_runs(whole[0], "parts")
+    assert {**parts, "seconds": 0, "images_per_second": 0, "settings": 0} == {
+        **whole[1], "seconds": 0, "images_per_second": 0, "settings": 0}
+
+
+def equal_runs(one, other):
+    """Whether two finished runs have the same weights, encoder and log, speeds aside."""
+    (ours, state), (theirs, other_state) = weights(one), weights(other)
+    assert ours and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    logs = [[{**row, "images_per_second": 0} for row in s["log"]] for s in (state, other_state)]
+    assert logs[0] == logs[1] and len(logs[0]) == state["settings"]["epochs"]
+    tables = [(Path(folder) / "log.csv").read_text().splitlines() for folder in (one, other)]
+    assert len(tables[0]) == len(tables[1]) == 1 + len(logs[0])
+    encoders = [torch.load(Path(folder) / "encoder.pt") for folder in (one, other)]
+    assert all(torch.equal(encoders[0][name], encoders[1][name]) for name in encoders[0])
+
+
+def test_two_runs_of_one_seed_agree_to_the_bit():
+    for out in ("one", "two"):
+        adios.train(Settings(**SMALL | dict(epochs=2), out=out))
+    equal_runs("one", "two")
+
+
+def test_killed_runs_go_on(request, tmp_path):
+    """Twenty runs, each killed at a random moment (kill -9) and resumed to the very end. Not part
+    of the default run, since it takes minutes: `python -m pytest -k killed`."""
+    if "killed" not in request.config.getoption("keyword"):
+        pytest.skip("takes minutes: pytest -k killed")
+    settings = [*(f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()
+                  if name != "epochs"), "--epochs=12"]
+    start = time.perf_counter()
+    assert run(*settings, "--out", "whole").returncode == 0
+    seconds = time.perf_counter() - start
+    for n, moment in enumerate(torch.rand(20).tolist()):
+        out = f"run{n}"
+        child = subprocess.Popen([sys.executable, HERE / "adios.py", *settings, "--out", out],
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moment * seconds)
+        child.kill()
+        child.wait()
+        kept = (tmp_path / out / "checkpoint.pt").exists()
+        done = run(*settings, "--out", out, *["--resume"] * kept)
+        assert done.returncode == 0, (moment, done.stderr)
+        equal_runs("whole", out)
+
+
+@pytest.mark.parametrize("call", [1, 4, 9])
+def test_a_full_disk_ends_the_run_in_one_line(monkeypatch, capsys, whole, call):
+    flags = ["--limit=64", "--epochs=3", "--batch-size=32", "--width=8", "--device=cpu"]
+    calls, fsync = [], os.fsync
+
+    def full(file):
+        calls.append(1)
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert adios.main([*flags, "--out=o"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("adios: error: o") and "No space left on device" in line
+    assert not list(Path("o").glob("*.part"))
+    assert adios.main([*flags, "--out=o", *["--resume"] * (call > 1)]) == 0
+    equal_runs(whole[0], "o")
+
+
+@pytest.mark.parametrize("player, network", [("I", "model"), ("M", "occluder")])
+def test_numbers_that_are_not_finite_end_the_run(monkeypatch, capsys, player, network):
+    play, steps = adios.Game.play, []
+
+    def poisoned(game, *arguments):
+        steps.append(1)
+        if len(steps) == 6:
+            next(getattr(game, network).parameters()).data[0] = math.nan
+        return play(game, *arguments)
+
+    monkeypatch.setattr(adios.Game, "play", poisoned)
+    assert adios.main(["--limit=96", "--epochs=3", "--batch-size=32", "--width=8", "--out=o",
+                       "--occluder-share=1", "--device=cpu"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert f"player {player} are no longer finite at step 6" in line
+    assert line.startswith("adios: error: ")
+    values, state = weights("o")
+    assert len(state["log"]) == 1 and all(value.isfinite().all() for value in values)
+
+
+@pytest.mark.parametrize("values, player", [
+    ((1.0, math.nan, 0.5), None), ((math.nan, math.inf, 0.5), "I"), ((math.inf, 1.0, 0.5), "I"),
+    ((1.0, math.inf, 0.5), "M"), ((math.nan, math.inf, math.nan), "M")])
+def test_which_player_went_wrong(values, player):
+    if player is None:
+        return adios.check(values, 1)
+    with pytest.raises(adios.AdiosError, match=f"player {player} .* at step 7:"):
+        adios.check(values, 7)
+
+
+def test_the_game_warns_once_of_each_thing_that_goes_wrong(capsys):
+    game, warned = make_game(), set()
+    well = dict(epoch=1, embedding_spread=0.9, area_1=0.4, area_2=0.6)
+    adios.warn(game, well, 0.01, warned)
+    adios.warn(game, well | dict(embedding_spread=None), None, warned)
+    assert capsys.readouterr().err == "" and not warned
+    for change, moved, says in (({"embedding_spread": 0.01}, 0.01, "collapsed"),
+                                ({"area_1": 0.99, "area_2": 0.3}, 0.01, "covers nearly everything"),
+                                ({"area_1": 0.01}, 0.01, "covers nearly nothing"),
+                                ({}, 0.0, "stopped moving")):
+        for _ in range(2):
+            adios.warn(game, well | change, moved, warned)
+        line, = capsys.readouterr().err.splitlines()
+        assert line.startswith("adios: warning: epoch 1: ") and says in line and "try" in line
+
+
+def test_an_occluder_that_stands_still_is_told_of_once(capsys):
+    adios.train(Settings(**SMALL | dict(epochs=3), occluder_lr=0.0, occluder_share=1.0, out="o"))
+    assert capsys.readouterr().err.count("the occluder has stopped moving") == 1
+    adios.train(Settings(**SMALL | dict(epochs=3), occluder_share=1.0, out="p"))
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_one_folder_takes_one_run_at_a_time(refused):
+    with adios.run_folder(Settings(out="o")):
+        refused("--limit=64", "--batch-size=32", "--out=o", says="--out o is in use by another run")
+    with adios.run_folder(Settings(out="o")) as out:
+        assert out == Path("o")
+
+
+def test_without_a_compiler_the_run_goes_on(monkeypatch, capsys):
+    def broken(_):
+        raise RuntimeError("no\ncompiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    adios.train(Settings(**SMALL, compile=True, out="o"))
+    assert "torch.compile is not to be had here (no compiler): going on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("moment", ["o/log.csv", "o/checkpoint.pt.part"])
 def test_ctrl_c_leaves_a_checkpoint(tmp_path, moment):
     """Also while one is being written."""
     child = subprocess.Popen([sys.executable, HERE / "adios.py", "--out", "o", "--limit", "512"],
@@ -1066,7 +1468,7 @@ def test_bad_folders(refused, tmp_path):
     (tmp_path / "d/train/cat/3.png").unlink()
     (tmp_path / "d/train/cat/3.png").write_bytes(picture)
     shutil.copytree(tmp_path / "d/val/cat", tmp_path / "d/original/cow")
-    refused(*args, says="train and original must have the same classes; only one of them has cat")
+    refused(*args, says="train and original must have the same classes; only one has cat")
     (tmp_path / "d/val/cat").rename(tmp_path / "d/val/cow")
     refused(*args, says="cat, cow")
     for path in (tmp_path / "d/val/cow").iterdir():
@@ -1096,6 +1498,67 @@ def test_runs_are_not_overwritten_and_odd_checkpoints_not_resumed(refused, tmp_p
     assert adios.main([*arguments, "--overwrite"]) == 0
     (tmp_path / "file").write_text("")
     refused(*arguments[:-1], "file/o", says="--out file/o")
+
+
+def test_more_bad_folders(refused, tmp_path):
+    args = ("--dataset", "folder", "--data-dir", "d", "--batch-size", "2")
+    write_folder(tmp_path / "d", ("cat",))
+    refused(*args, says="two classes or more")
+    write_folder(tmp_path / "e")
+    args = (*args[:3], "e", *args[4:])
+    (tmp_path / "e/train/cat/2.png").write_bytes(b"")
+    refused(*args, says=str(Path("train/cat/2.png")))
+    for path in (tmp_path / "e/train/cat").iterdir():
+        path.unlink()
+    refused(*args, says="cat")
+
+
+def test_a_truncated_stl10_file_is_refused(refused, tmp_path, monkeypatch):
+    place = tmp_path / "d/stl10_binary"
+    place.mkdir(parents=True)
+    for name, _ in (*torchvision.datasets.STL10.train_list, *torchvision.datasets.STL10.test_list):
+        (place / name).write_bytes(b"half")
+    monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", lambda *a, **k: 1 / 0)
+
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.stl10, "download_and_extract_archive", offline)
+    refused("--dataset", "stl10", "--data-dir", "d", says="no network")
+
+
+ANY = dict(
+    ssl=[*adios.OBJECTIVES, "moco"], masks=[*adios.SCHEMES],
+    updates=["alternating", "simultaneous"],
+    encoder=["resnet18", "resnet18", "vit_tiny"], image_size=[31, 32, 33, 40, 50],
+    num_masks=[1, 2, 3, 5], width=[0, 4, 8], occluder_width=[8, 12, 16],
+    small_stem=[True, False], batch_size=[1, 2, 7, 16, 25], limit=[12, 24], lr=[0, 1e-9, 1e-3],
+    occluder_lr=[0, 1e-3], sparsity=[-1, 0, 0.1, 1000], occluder_share=[0, 0.001, 0.5, 1],
+    temperature=[0.001, 0.2, 1000], min_crop=[0, 0.001, 0.5, 1], jitter=[0, 0.5, 1.25, 2],
+    blur=[0, 1], weight_decay=[0, 1e-4], seed=[0, 2**31], epochs=[1])
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[
+    hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(chosen=strategies.fixed_dictionaries(
+    {}, optional={name: strategies.sampled_from(values) for name, values in ANY.items()}))
+def test_any_settings_train_or_are_refused_in_one_line(chosen, capsys):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()
+             if name != "small_stem"]
+    flags += ["--small-stem" if chosen.get("small_stem") else "--no-small-stem", "--overwrite",
+              "--device=cpu", "--out=o"]
+    flags += ["--limit=24"] * ("limit" not in chosen) + ["--epochs=1"] * ("epochs" not in chosen)
+    flags += ["--batch-size=12"] * ("batch_size" not in chosen)
+    flags += ["--width=8"] * ("width" not in chosen)
+    code = adios.main(flags)
+    out, err = capsys.readouterr()
+    if code == 0:
+        values, state = weights("o")
+        assert math.isfinite(state["log"][0]["loss"]) and "images/s" in out
+        assert all(value.isfinite().all() for value in values)
+    else:
+        line, = err.splitlines()
+        assert code == 2 and line.startswith("adios: error: --") and out == ""
 
 
 # ---- The notebook --------------------------------------------------------------------------------
