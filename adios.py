@@ -1164,7 +1164,7 @@ def run_folder(settings):
     out = Path(settings.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = tempfile.TemporaryFile(dir=out) if fcntl is None else open(out / ".lock", "w")
+        lock = tempfile.TemporaryFile(dir=out) if fcntl is None else open(out / ".lock", "a")
     except OSError as error:
         raise AdiosError(f"--out {out} cannot be written to ({error.strerror}): name another"
                          ) from error
@@ -1323,7 +1323,7 @@ def train_epoch(game, data, epoch, announce, stop):
     totals = [sum(p.detach().sum() for p in network.parameters()).item()
               for network in (game.model, game.occluder)]
     check((totals[0], 0, totals[1]), epoch * len(batches))
-    loss, gain, *areas = torch.stack(steps).mean(0).tolist()
+    loss, gain, *areas = torch.stack(steps).nanmean(0).tolist()  # M may have moved in some only
     return dict(epoch=epoch, loss=loss, gain=None if math.isnan(gain) else gain,
                 **{f"area_{n + 1}": area for n, area in enumerate(areas)},
                 images_per_second=len(batches) * size / (time.perf_counter() - start))
