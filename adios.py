@@ -341,6 +341,29 @@ def load_files(settings):
     return data
 
 
+def read_boxes(path, images, size):
+    """Where the objects are in image files, bool [n, size, size], resized and cropped with them.
+    The file `path`, a table split,class,file,xmin,ymin,xmax,ymax, has a line for each; coordinates
+    are pixels of the image as it is on the disk, from 0, the last ones included."""
+    inside = torch.zeros(len(images), size, size, dtype=torch.bool)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            boxes = {(row["split"], row["class"], row["file"]): row for row in csv.DictReader(file)}
+        for image, found in zip(images, inside):
+            left, top, right, bottom = (float(boxes[Path(image).parts[-3:]][side])
+                                        for side in ("xmin", "ymin", "xmax", "ymax"))
+            with Image.open(image) as opened:
+                width, height = opened.size
+            scale, pixels = min(width, height) / size, torch.arange(size) - size / 2 + 0.5
+            x, y = width / 2 + scale * pixels, height / 2 + scale * pixels[:, None]
+            found |= (left <= x) & (x < right + 1) & (top <= y) & (y < bottom + 1)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise AdiosError(f"{path}: {one_line(error)}; mend it or take it away: it must have the "
+                         "columns split,class,file,xmin,ymin,xmax,ymax and a line per image"
+                         ) from error
+    return inside
+
+
 def read_image(path, size):
     """The bytes of an image file as RGB [3, size, size], the short side resized to `size` and
     centre-cropped; of an animation the first image."""
@@ -1064,6 +1087,13 @@ def object_iou(masks, truth):
     return (both / either.clamp_min(1)).amax(1).mean().item()
 
 
+def mass_inside(masks, boxes):
+    """The share, 0 to 1, of a mask's mass [n, N, H, W] that lies in the object's box, bool
+    [n, H, W]: the largest of each image's masks, mean over images."""
+    shares = (masks * boxes[:, None]).sum((2, 3)) / masks.sum((2, 3)).clamp_min(1e-6)
+    return shares.amax(1).mean().item()
+
+
 def embedding_spread(z):
     """Standard deviation of embeddings [n, D] once normalised, mean over the dimensions, times √D:
     1 where they are spread evenly over the sphere, 0 where they collapsed."""
@@ -1520,12 +1550,21 @@ def cluster_metrics(clusters, labels):
 
 def evaluate(settings):
     """All judges on the encoder of the checkpoint settings.evaluate; with another data set than it
-    was trained on, the paper's transfer. Writes evaluation.json into settings.out and returns what
-    it holds: shares and indices from 0 to 1."""
+    was trained on, the paper's transfer. Where a `folder` has a boxes.csv its masks are judged, too,
+    beside those of the same occluder before training. Writes evaluation.json into settings.out
+    and returns what it holds: shares and indices from 0 to 1."""
     device, state = pick_device(settings.device), read_checkpoint(Path(settings.evaluate))
     data = load_data(settings).to(device)
     torch.manual_seed(settings.seed)
-    game = Game(settings, state["mean"], state["std"], device)
+    game, results = Game(settings, state["mean"], state["std"], device), {}
+    root = Path(settings.data_dir)
+    if game.learned and settings.dataset == "folder" and (root / "boxes.csv").exists():
+        photos, _, _ = open_split("folder", root, "val")
+        boxes = read_boxes(root / "boxes.csv", photos, settings.image_size).to(device)
+        results["box_area"] = boxes.float().mean().item()
+        results["mass_in_box_untrained"] = mass_inside(masks_on(game, data.test_images), boxes)
+        restore([game.occluder], state["parts"][2:])
+        results["mass_in_box"] = mass_inside(masks_on(game, data.test_images), boxes)
     restore([game.model], state["parts"])
     bank, labels = labelled_features(game, data)
     found, truth = features(game, data.test_images), data.test_labels.to(device)
@@ -1533,7 +1572,6 @@ def evaluate(settings):
     scores = {"knn": knn_votes(bank, labels, found), "linear": probe(found)}
     if settings.finetune:
         scores["finetuned"] = finetune(game, data)
-    results = {}
     for name, score in scores.items():
         results[f"{name}_top1"] = top(score, truth)
         if len(data.classes) > 10:

@@ -943,6 +943,54 @@ def test_evaluation_of_a_trained_encoder(tmp_path):
     assert (tmp_path / "o/checkpoint.pt").read_bytes() == checkpoint
 
 
+def test_mass_inside_by_hand():
+    masks, box = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)
+    box[0, :, :2] = True
+    masks[0, 0, 0, 1], masks[0, 0, 0, 2:] = 0.6, 0.2  # 0.6 of 1 inside
+    masks[0, 1, 2] = 0.5  # half
+    assert adios.mass_inside(masks, box) == pytest.approx(0.6)
+
+
+def write_boxes(root, box):
+    lines = [f"val,{path.parent.name},{path.name},{box}" for path in root.glob("val/*/*")]
+    (root / "boxes.csv").write_text("\n".join(["split,class,file,xmin,ymin,xmax,ymax", *lines]))
+
+
+def test_boxes_are_resized_and_cropped_with_their_images(tmp_path):
+    """A white box on black, in photos of several shapes, is where its line in boxes.csv says."""
+    for n, (width, height) in enumerate([(64, 64), (100, 64), (64, 160), (33, 50)]):
+        pixels = np.zeros((height, width, 3), np.uint8)
+        left, top, right, bottom = width // 3, height // 4, width // 3 + 20, height // 4 + 17
+        pixels[top:bottom + 1, left:right + 1] = 255
+        (tmp_path / f"{n}/val/class").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / f"{n}/val/class/a.png")
+        write_boxes(tmp_path / str(n), f"{left},{top},{right},{bottom}")
+        path = tmp_path / f"{n}/val/class/a.png"
+        for size in (32, 64):
+            found = adios.read_boxes(tmp_path / f"{n}/boxes.csv", [path], size)[0]
+            image = torch.frombuffer(bytearray(adios.read_image(path, size)), dtype=torch.uint8)
+            white = image.view(3, size, size)[0] > 127
+            assert found.sum() > 0 and (found ^ white).float().mean() < 0.03, (n, size)
+
+
+def test_learned_masks_are_judged_by_boxes(tmp_path, refused):
+    write_folder(tmp_path / "d", ["one", "two"])
+    settings = Settings(dataset="folder", data_dir="d", image_size=32, width=8, epochs=1, out="o",
+                        batch_size=2, device="cpu")
+    adios.train(settings)
+    write_boxes(tmp_path / "d", "0,0,10000,10000")
+    adios.main(["--evaluate", "o/checkpoint.pt"])
+    found = json.loads((tmp_path / "o/evaluation.json").read_text())
+    assert found["box_area"] == 1
+    assert found["mass_in_box"] == pytest.approx(1) == found["mass_in_box_untrained"]
+    write_boxes(tmp_path / "d", "0,0,5,5")
+    adios.main(["--evaluate", "o/checkpoint.pt"])
+    found = json.loads((tmp_path / "o/evaluation.json").read_text())
+    assert 0 < found["mass_in_box"] < 0.9 and found["mass_in_box"] != found["mass_in_box_untrained"]
+    (tmp_path / "d/boxes.csv").write_text("split,class,file\n")
+    refused("--evaluate", "o/checkpoint.pt", says="boxes.csv")
+
+
 def test_flowers102_is_read(monkeypatch, tmp_path):
     folder = tmp_path / "d/flowers-102"
     (folder / "jpg").mkdir(parents=True)
