@@ -1550,9 +1550,9 @@ def cluster_metrics(clusters, labels):
 
 def evaluate(settings):
     """All judges on the encoder of the checkpoint settings.evaluate; with another data set than it
-    was trained on, the paper's transfer. Where a `folder` has a boxes.csv its masks are judged, too,
-    beside those of the same occluder before training. Writes evaluation.json into settings.out
-    and returns what it holds: shares and indices from 0 to 1."""
+    was trained on, the paper's transfer. Where a `folder` has a boxes.csv, masks are judged, too,
+    beside those of the occluder before training. Writes evaluation.json into settings.out and
+    returns what it holds: shares and indices from 0 to 1."""
     device, state = pick_device(settings.device), read_checkpoint(Path(settings.evaluate))
     data = load_data(settings).to(device)
     torch.manual_seed(settings.seed)
