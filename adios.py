@@ -67,12 +67,12 @@ except ImportError:  # Windows has neither: no lock on the folder of a run, no p
 # One dataclass is the command line, the argument of `train` and the record in results.json. Where
 # it gives no default, the data set does.
 
-SHAPES = dict(image_size=32, width=16, small_stem=False, occluder_width=8, num_masks=2, lr=3e-3,
+SHAPES = dict(image_size=32, width=16, small_stem=False, occluder_width=8, num_masks=2, lr=8e-3,
               occluder_lr=2e-3, occluder_share=0.2, sparsity=0.2, epochs=50, batch_size=128,
-              min_crop=0.3, blur=0.0)
+              min_crop=0.3, jitter=0.2, blur=0.0)
 CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_masks=4, lr=2e-3,
              occluder_lr=1e-3, occluder_share=1.0, sparsity=0.1, epochs=100, batch_size=256,
-             min_crop=0.08, blur=0.0)
+             min_crop=0.08, jitter=0.5, blur=0.0)
 STL10 = CIFAR | dict(image_size=96, small_stem=False, num_masks=6, blur=0.5)
 FLOWERS = STL10 | dict(batch_size=128)
 FOLDER = FLOWERS | dict(image_size=64, width=24, occluder_width=8, num_masks=4, epochs=20)
@@ -122,7 +122,7 @@ class Settings:
     temperature: float = option("of NT-Xent", 0.2, low=1e-3, high=1000)
     min_crop: float = option("smallest share of an image that a crop covers", low=1e-3, high=1)
     jitter: float = option("colour jitter s: brightness, contrast and saturation ± 0.8 s, hue "
-                           "± 0.2 s", 0.5, low=0, high=1.25)
+                           "± 0.2 s", low=0, high=1.25)
     blur: float = option("probability of Gaussian blur", low=0, high=1)
     limit: int = option("use only so many training images (0: all)", 0, low=0, high=10**9)
     seed: int = option("of data, weights, order and crops", 0, low=0, high=2**31)
@@ -1129,20 +1129,25 @@ def judge(game, data):
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 
 
+def overlay(images, masks):
+    """Masks [n, N, H, W] in their colours over images, uint8 [n, 3, H, W]: [n, 3, H, W] in [0, 1]."""
+    palette = torch.tensor([to_rgb(COLOURS[n % len(COLOURS)]) for n in range(masks.shape[1])])
+    colours = torch.einsum("bnhw,nc->bchw", masks.cpu().float(), palette)
+    return 0.35 * images.cpu() / 255 + 0.65 * colours
+
+
 def plot_masks(images, masks):
     """A figure of images, uint8 [n, 3, H, W], a column each: the image, what each of its masks
     [n, N, H, W] hides, and all of them over it."""
-    images, masks = images.cpu().float() / 255, masks.cpu().float()
-    palette = torch.tensor([to_rgb(COLOURS[n % len(COLOURS)]) for n in range(masks.shape[1])])
-    rows = {"image": images} | {f"mask {n + 1}": mask[:, None].expand(-1, 3, -1, -1)
-                                for n, mask in enumerate(masks.unbind(1))}
-    rows["all masks"] = 0.35 * images + 0.65 * torch.einsum("bnhw,nc->bchw", masks, palette)
+    rows = {"image": images / 255} | {f"mask {n + 1}": mask[:, None].expand(-1, 3, -1, -1)
+                                      for n, mask in enumerate(masks.unbind(1))}
+    rows["all masks"] = overlay(images, masks)
     figure = Figure(figsize=(1.1 * len(images) + 0.9, 1.13 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(images), squeeze=False)
     for n, (line, (title, pictures)) in enumerate(zip(axes, rows.items())):
         line[0].set_ylabel(title, fontsize=11)
         for axis, picture in zip(line, pictures):
-            axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            axis.imshow(picture.permute(1, 2, 0).cpu().clamp(0, 1).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if title.startswith("mask"):
                 axis.spines[:].set(color=COLOURS[(n - 1) % len(COLOURS)], linewidth=2.5)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -1608,7 +1609,21 @@ def test_any_settings_train_or_are_refused_in_one_line(chosen, capsys):
         assert code == 2 and line.startswith("adios: error: --") and out == ""
 
 
-# ---- The notebook --------------------------------------------------------------------------------
+# ---- The README and the notebook -----------------------------------------------------------------
+
+
+def test_the_map_in_the_readme_points_at_the_sections():
+    lines = (HERE / "adios.py").read_text(encoding="utf-8").splitlines()
+    sections = {name.strip("# -"): number for number, name in enumerate(lines, 1)
+                if name.startswith("# ----")}
+    links = re.findall(r"\[(.*?)\]\(adios.py#L(\d+)\)", (HERE / "README.md").read_text("utf-8"))
+    assert {name: int(number) for name, number in links} == sections
+
+
+def test_the_flags_in_the_readme_are_there():
+    text = (HERE / "README.md").read_text("utf-8")
+    own = set(re.findall(r"--[a-z][a-z-]+", text)) - {"--nproc-per-node"}
+    assert own <= {adios.flag(f.name) for f in adios.fields(Settings)} | {"--help"}
 
 
 def test_the_notebook_runs(tmp_path):
