@@ -1130,10 +1130,10 @@ COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#C
 
 
 def overlay(images, masks):
-    """Masks [n, N, H, W] in their colours over uint8 images [n, 3, H, W]: as many in [0, 1]."""
+    """Masks [n, N, H, W] in their colours over uint8 images in grey, [n, 3, H, W] in [0, 1]."""
     palette = torch.tensor([to_rgb(COLOURS[n % len(COLOURS)]) for n in range(masks.shape[1])])
     colours = torch.einsum("bnhw,nc->bchw", masks.cpu().float(), palette)
-    return 0.35 * images.cpu() / 255 + 0.65 * colours
+    return 0.35 * TF.rgb_to_grayscale(images.cpu(), 3) / 255 + 0.65 * colours
 
 
 def plot_masks(images, masks):

@@ -1023,8 +1023,9 @@ def test_plot_masks_shows_what_it_is_given():
     assert (shown[0] == [1, 0, 0]).all()
     assert (shown[3][:4] == 1).all() and (shown[3][4:] == 0).all() and (shown[6][4:] == 1).all()
     top, bottom = (np.array(adios.to_rgb(colour)) for colour in adios.COLOURS[:2])
-    assert np.allclose(shown[9][0, 0], 0.35 * np.array([1, 0, 0]) + 0.65 * top, atol=1e-6)
-    assert np.allclose(shown[9][7, 0], 0.35 * np.array([1, 0, 0]) + 0.65 * bottom, atol=1e-6)
+    grey = 0.35 * 76 / 255  # of red
+    assert np.allclose(shown[9][0, 0], grey + 0.65 * top, atol=1e-6)
+    assert np.allclose(shown[9][7, 0], grey + 0.65 * bottom, atol=1e-6)
 
 
 # ---- Several processes ---------------------------------------------------------------------------
