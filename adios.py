@@ -75,10 +75,12 @@ CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_ma
              min_crop=0.08, jitter=0.5, blur=0.0)
 STL10 = CIFAR | dict(image_size=96, small_stem=False, num_masks=6, blur=0.5)
 FLOWERS = STL10 | dict(batch_size=128)
-FOLDER = FLOWERS | dict(image_size=64, width=24, occluder_width=8, num_masks=4, epochs=20)
+FOLDER = FLOWERS | dict(image_size=64, width=24, occluder_width=8, num_masks=4, occluder_share=0.2,
+                        epochs=20)
 PRESETS = dict(shapes=SHAPES, stl10=STL10, cifar10=CIFAR, cifar100=CIFAR, flowers102=FLOWERS,
                folder=FOLDER)
-ENCODERS = dict(resnet18={}, resnet50={}, vit_tiny=dict(lr=5e-4))  # what they change in a preset
+SSL = dict(simclr={}, byol=dict(lr=1e-3), simsiam=dict(lr=1e-3))  # what they change in a preset
+ENCODERS = dict(resnet18={}, resnet50={}, vit_tiny=dict(lr=5e-4))
 
 
 class AdiosError(ValueError):
@@ -98,7 +100,7 @@ class Settings:
     data_dir: str = option("where data sets are or are downloaded to; for `folder` the one with "
                            "train/<class>/ and val/<class>/ in it", "data")
     image_size: int = option("pixels a side", low=32, high=1024)
-    ssl: str = option("siamese objective", "simclr", ("simclr", "byol", "simsiam"))
+    ssl: str = option("siamese objective", "simclr", tuple(SSL))
     masks: str = option("what is hidden: nothing, random patches (mae) or blocks (beit), the true "
                         "object or its background, another image's, each of the N learned masks in "
                         "turn (adios) or one of them per image (adios-s)", "adios-s",
@@ -139,7 +141,8 @@ class Settings:
         for f in fields(self):
             value, choices, low = getattr(self, f.name), f.metadata["choices"], f.metadata["low"]
             if value is None and self.dataset in PRESETS:
-                value = (PRESETS[self.dataset] | ENCODERS.get(self.encoder, {})).get(f.name)
+                value = (PRESETS[self.dataset] | SSL.get(self.ssl, {})
+                         | ENCODERS.get(self.encoder, {})).get(f.name)
             if f.type is float and type(value) is int:
                 value = float(value)
             right = ("one of " + ", ".join(choices) if choices else
