@@ -31,6 +31,7 @@ import csv
 import ctypes
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -42,6 +43,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -115,7 +117,8 @@ class Settings:
                                  low=8, high=1024)
     epochs: int = option("passes over the training images", low=1, high=10**6)
     batch_size: int = option("images a step, of all processes together", low=2, high=10**6)
-    lr: float = option("peak learning rate of the encoder (AdamW)", low=1e-9, high=10)
+    lr: float = option("peak learning rate of the encoder (AdamW); with byol and simsiam 1e-3, "
+                       "with vit_tiny 5e-4, else", low=1e-9, high=10)
     occluder_lr: float = option("peak learning rate of the occluder (AdamW)", low=0, high=10)
     occluder_share: float = option("share of the run in which the occluder learns; its masks then "
                                    "stay as they are", low=1e-3, high=1)
@@ -126,7 +129,7 @@ class Settings:
     jitter: float = option("colour jitter s: brightness, contrast and saturation ± 0.8 s, hue "
                            "± 0.2 s", low=0, high=1.25)
     blur: float = option("probability of Gaussian blur", low=0, high=1)
-    limit: int = option("use only so many training images (0: all)", 0, low=0, high=10**9)
+    limit: int = option("training images to use, of shapes to draw (0: all)", 0, low=0, high=10**9)
     seed: int = option("of data, weights, order and crops", 0, low=0, high=2**31)
     device: str = option("cpu, cuda, cuda:1, mps or auto, the fastest there is", "auto")
     compile: bool = option("torch.compile the networks: a minute's wait at the start", False)
@@ -195,8 +198,10 @@ class Data:
     place: str = "memory"              # where the images are
 
     def statistics(self):
-        """Mean and standard deviation of the channels, [1, 3, 1, 1] each, of values in [0, 1]."""
-        sample = self.images[::max(1, len(self.images) // 2000)].float() / 255
+        """Mean and standard deviation of the channels, [1, 3, 1, 1] each, of values in [0, 1]; of
+        2,000 images at most, the same ones always."""
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
+        sample = self.images[order[:2000]].float() / 255
         std, mean = torch.std_mean(sample, dim=(0, 2, 3), keepdim=True)
         return mean, std.clamp_min(1e-3)
 
@@ -631,8 +636,8 @@ def upsample_and_convolve(x, skip, weight):
 
 class Occluder(nn.Module):
     """Views [B, 3, H, H], H from 32 up, to masks [B, N, H, H] in (0, 1) that sum to 1 over N.
-    It has int(log2(H) − 1) stages of c, c, 2c, 2c, 2c, … channels; c, the width, is 8, 16, …:
-    at H 32 and c 8, 8, 8, 16 and 16 down to 4 × 4 pixels, and the same up again."""
+    It has int(log2(H) − 1) stages of c, c, 2c, 2c, 2c, … channels; c, the width, is 8, 16, …
+    For H = 32 and c = 8 these are 8, 8, 16 and 16 channels, the last at 4 × 4 pixels."""
 
     def __init__(self, image_size, num_masks, width=32):
         super().__init__()
@@ -969,8 +974,8 @@ class Game:
             # M has not moved since it painted, so its masks still serve
             gain = (self.occlusion_move(views, painted, hidden, progress, wholes) if m_moves else
                     torch.full_like(loss, math.nan))
-        if m_moves:
-            gain = gain.nan_to_num(math.inf)
+        if m_moves:  # NaN is to say that M did not move
+            gain = gain.nan_to_num(math.inf, math.inf, -math.inf)
         areas = torch.cat(painted if self.learned else hidden).detach().mean((0, 2, 3))
         return torch.cat((torch.stack((loss, gain)), areas))
 
@@ -1165,7 +1170,7 @@ def plot_curves(log):
               ("judges", "accuracy, IoU", JUDGES))
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     for axis, (title, unit, curves) in zip(figure.subplots(1, 3), panels):
-        for colour, (key, label) in zip(COLOURS, curves.items()):
+        for colour, (key, label) in zip(itertools.cycle(COLOURS), curves.items()):
             points = [(row["epoch"], row[key]) for row in log if row[key] is not None]
             if points:
                 axis.plot(*zip(*points), "o-", color=colour, label=label, markersize=3)
@@ -1185,8 +1190,10 @@ def pick_device(name):
     """The torch device of that name, or for `auto` the fastest that there is: under torchrun each
     process takes a GPU of its own."""
     if name == "auto":
-        name = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else
+        name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         if torch.device(name).type in ("cpu", "cuda", "mps"):
             return torch.zeros(1, device=name).device
@@ -1302,8 +1309,7 @@ def check(values, step):
     loss, gain, *areas = values
     painted = all(map(math.isfinite, areas))
     if not (painted and math.isfinite(loss)) or math.isinf(gain):
-        player, rate = ("I", "--lr") if painted and not math.isfinite(loss) else (
-            "M", "--occluder-lr")
+        player, rate = ("I", "--lr") if painted else ("M", "--occluder-lr")
         raise AdiosError(f"the numbers of player {player} are no longer finite at step {step}: the "
                          f"checkpoint holds the epochs before; start anew with a smaller {rate}")
 
@@ -1314,7 +1320,7 @@ def warn(game, row, change, warned):
     areas = [area for name, area in row.items() if name.startswith("area_")]
     signs = {
         "the embeddings have collapsed to nearly one point: try a smaller --lr, a larger "
-        "--batch-size or another --ssl": (row["embedding_spread"] or 1) < 0.05,
+        "--batch-size or another --ssl": row["embedding_spread"] < 0.05,
         "a mask covers nearly everything: try a larger --sparsity or a smaller --occluder-lr":
             game.learned and max(areas) > 0.98,
         "a mask covers nearly nothing: try a larger --sparsity or a smaller --num-masks":
@@ -1398,7 +1404,7 @@ def play_epochs(game, data, out, log, seconds):
     some = slice(0, None, max(1, len(data.test_images) // 12))
     shown, truth = data.test_images[some][:12], data.test_masks
     truth = None if truth is None else truth[some][:12]
-    masks, warned, change = masks_on(game, shown, truth), set(), None
+    masks, looked, warned, change = masks_on(game, shown, truth), first - 1, set(), None
     with ctrl_c() as stop:
         for epoch in range(first, epochs + 1):
             start = time.perf_counter()
@@ -1407,8 +1413,9 @@ def play_epochs(game, data, out, log, seconds):
             log.append(row | (judge(game, data) if due else dict.fromkeys(JUDGES)))
             if due:
                 before, masks = masks, masks_on(game, shown, truth)
-                if game.learned and epoch <= game.settings.occluder_share * epochs:
+                if game.learned and looked < game.settings.occluder_share * epochs:
                     change = (masks - before).abs().mean().item()
+                looked = epoch
                 warn(game, log[-1], change, warned)
                 for name, figure in (("curves", plot_curves(log)),
                                      ("masks", plot_masks(shown, masks))):
@@ -1444,7 +1451,8 @@ def train(settings):
     if WORLD > 1 and not RANK:
         dist.barrier()
     torch.manual_seed(settings.seed)
-    game = Game(settings, *data.statistics(), device)
+    mean, std = (state["mean"], state["std"]) if state else data.statistics()
+    game = Game(settings, mean, std, device)
     data.to(device)
     introduce(game, data)
     untrained = {f"{name}_untrained": score for name, score in judge(game, data).items()}
@@ -1590,10 +1598,10 @@ def evaluate(settings):
     if {"mixed_same", "mixed_rand"} <= data.backgrounds.keys():
         gap = results["linear_mixed_same"] - results["linear_mixed_rand"]
         results["linear_background_gap"] = gap
+    print("\n".join(f"{name:24}{value:8.3f}" for name, value in results.items()))
     with run_folder(settings) as out:
         write_json(out / "evaluation.json", results | {"settings": asdict(settings)})
-    print("\n".join(f"{name:24}{value:8.3f}" for name, value in results.items())
-          + f"\n\n{out / 'evaluation.json'} holds the same")
+    print(f"\n{out / 'evaluation.json'} holds the same")
     return results
 
 
@@ -1708,9 +1716,11 @@ def parse(argv=None):
             if given.get(name, was[name]) != was[name]:
                 raise AdiosError(f"{flag(name)} {given[name]}: the checkpoint has {was[name]}; "
                                  "leave it out")
-        other = given.get("dataset", was["dataset"]) != was["dataset"]
-        data_dir = Settings.data_dir if other else was["data_dir"]
-        out = str(path.parent / given["dataset"] if other else path.parent)
+        dataset = given.get("dataset", was["dataset"])
+        data_dir = Settings.data_dir if dataset != was["dataset"] else was["data_dir"]
+        other = dataset != was["dataset"] or (
+            dataset == "folder" and given.get("data_dir", data_dir) != data_dir)
+        out = str(path.parent / dataset if other else path.parent)
         given = was | dict(device="auto", limit=0, resume=False, overwrite=False,
                            data_dir=data_dir, out=out) | given
     return Settings(**given)
@@ -1740,8 +1750,11 @@ def main(argv=None):
     try:
         settings = parse(argv)
         if WORLD > 1:
-            dist.init_process_group("nccl" if pick_device(settings.device).type == "cuda" else
-                                    "gloo")
+            device = pick_device(settings.device)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(hours=12))  # for process 0's downloads
         if settings.bench:
             bench(settings)
         elif settings.evaluate:
