@@ -1196,7 +1196,7 @@ def test_bench_two_views_against_pillow(request, capsys):
 
 def test_a_short_game_is_learned():
     """The occluder finds objects and the encoder improves in a fortieth of the default run."""
-    results = adios.train(Settings(limit=1280, epochs=2, out="o", device="cpu"))
+    results = adios.train(Settings(limit=1280, epochs=2, occluder_share=1, out="o", device="cpu"))
     assert results["object_iou"] > results["object_iou_untrained"] + 0.1
     assert results["settings"]["limit"] == 1280
 
