@@ -1176,6 +1176,7 @@ def test_bench_two_views_against_pillow(request, capsys):
         v2.RandomApply([v2.GaussianBlur(9, (0.1, 2))], settings.blur),
         v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
     pictures = [v2.functional.to_pil_image(image) for image in images]
+    adios.keep_memory()  # as `main` does
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
