@@ -627,9 +627,9 @@ def upsample_and_convolve(x, skip, weight):
     below, beside = weight.split((x.shape[1], skip.shape[1]), 1)
     y = F.conv2d(skip, beside, padding=1)
     if skip.shape[2] != 2 * x.shape[2]:
-        return y + F.conv2d(F.interpolate(x, size=skip.shape[2:]), below, padding=1)
+        return y.add_(F.conv2d(F.interpolate(x, size=skip.shape[2:]), below, padding=1))
     sums = 4 * F.avg_pool2d(F.pad(below.flip(2, 3), (1, 1, 1, 1)), 2, 1)  # [D, C, 4, 4]
-    return y + F.conv_transpose2d(x, sums.transpose(0, 1), stride=2, padding=1)
+    return y.add_(F.conv_transpose2d(x, sums.transpose(0, 1), stride=2, padding=1))
 
 
 class Occluder(nn.Module):
@@ -1635,8 +1635,9 @@ def peak_memory(device):
 def bench(settings):
     """Time the parts of a step on random images; prints a table and a JSON line and writes
     bench.json into settings.out. Returns what it holds: medians in milliseconds, `simclr_steps`,
-    the cost of a step in steps of plain SimCLR with the same encoder, the TFLOP/s of a step's
-    convolutions and matrix products (`tflops`), and its share of a large matrix product's."""
+    the cost of a step in steps of plain SimCLR with the same encoder, and `simclr_flops`, the same
+    in floating-point operations of convolutions and matrix products; of these the step's TFLOP/s
+    (`tflops`), and its share of a large matrix product's."""
     device, size, batch = pick_device(settings.device), settings.image_size, settings.batch_size
     half = torch.full((1, 3, 1, 1), 0.5)
     game = Game(settings, half, half, device)
@@ -1663,13 +1664,17 @@ def bench(settings):
                 views, *game.hide(views, truths), 0.0, wholes)
     phases["k-NN of a batch"] = lambda: knn_votes(bank, labels, features(game, images))
     phases["matrix product"] = lambda: matrix @ matrix
-    with FlopCounterMode(display=False) as counter:
-        game.play(images, 0.0)
+    flops = []
+    for player in (game, plain):
+        with FlopCounterMode(display=False) as counter:
+            player.play(images, 0.0)
+        flops.append(counter.get_total_flops())
     seconds = timed(phases, device)
     median = dict(zip(phases, seconds.median(1).values.tolist()))
     results = {"images_per_second": batch / median["a step"],
                "simclr_steps": (seconds[0] / seconds[1]).median().item(),
-               "tflops": counter.get_total_flops() / median["a step"] / 1e12,
+               "simclr_flops": flops[0] / flops[1],
+               "tflops": flops[0] / median["a step"] / 1e12,
                "matmul_tflops": 2 * side**3 / median["matrix product"] / 1e12,
                "peak_memory_mb": peak_memory(device),
                "milliseconds": {name: 1000 * value for name, value in median.items()},

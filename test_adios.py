@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
@@ -1154,6 +1155,9 @@ def test_bench_counts_the_products_of_a_step(monkeypatch):
     game.model(torch.randn(4, 3, 32, 32))
     expected = 2 * sum(2 * n * (2 if stem else 3) for n, stem in products) + 3 * 2 * 8 * 8 * 128
     assert found == pytest.approx(expected, rel=1e-3)
+    found = adios.bench(replace(settings, masks="adios-s"))
+    assert found["simclr_flops"] == pytest.approx(1e12 * found["tflops"] / expected, rel=1e-3)
+    assert found["simclr_flops"] > 1.1
 
 
 def test_timing_takes_turns(monkeypatch):
