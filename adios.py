@@ -96,7 +96,8 @@ def option(help, default=None, choices=None, low=None, high=None):
 
 @dataclass
 class Settings:
-    """All that decides a run; raises AdiosError where a value is out of range."""
+    """All that decides a run; raises AdiosError where a value is out of range. `replace` keeps
+    what the data set or the method filled in, as the rate, and the name of the folder."""
 
     dataset: str = option("images to train on", "shapes", tuple(PRESETS))
     data_dir: str = option("where data sets are or are downloaded to; for `folder` the one with "
@@ -160,8 +161,11 @@ class Settings:
             raise AdiosError(f"--occluder-width {self.occluder_width}: give a multiple of 8")
         if self.masks.startswith("object") and self.dataset != "shapes" and not self.evaluate:
             raise AdiosError(f"--masks {self.masks}: only shapes knows its objects' true masks")
-        if self.resume and self.overwrite:
-            raise AdiosError("--resume and --overwrite exclude each other: drop one of them")
+        if self.resume and self.overwrite or self.bench and self.evaluate:
+            both = "--resume and --overwrite" if self.resume else "--bench and --evaluate"
+            raise AdiosError(f"{both} exclude each other: drop one of them")
+        if self.finetune and not self.evaluate:
+            raise AdiosError("--finetune is a part of --evaluate CHECKPOINT: give that, too")
         self.out = self.out or f"runs/{self.dataset}-{self.ssl}-{self.masks}"
 
 
@@ -206,8 +210,9 @@ class Data:
         return mean, std.clamp_min(1e-3)
 
     def to(self, device):
-        """Itself, with the images moved to a GPU if they take less than half of its free memory.
-        Labels stay on the host, where they can index either."""
+        """Itself, with the images moved to a GPU if they take less than half of its free memory,
+        or to mps, which shares the host's. Labels stay on the host: row numbers made from them can
+        index images anywhere."""
         size = self.images.nbytes + self.test_images.nbytes
         if device.type == "mps" or (
                 device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2):
@@ -427,7 +432,7 @@ def load_data(settings):
     if 0 < settings.limit < len(data.images):
         rng = torch.Generator().manual_seed(settings.seed)
         keep = torch.randperm(len(data.images), generator=rng)[:settings.limit].sort().values
-        data.images, data.labels = data.images[keep], data.labels[keep]
+        data.images, data.labels, data.place = data.images[keep], data.labels[keep], "memory"
     if (data.labels < 0).all():
         raise AdiosError(f"--limit {settings.limit}: none of these images has a label to judge by; "
                          "give more")
@@ -486,10 +491,10 @@ def shift_hue(images, shift):
     red, green, blue = images.unbind(1)
     value = images.amax(1)  # [B, H, W]
     chroma = value - images.amin(1)
-    hue = torch.lerp(green - blue, torch.lerp(  # times chroma, in sixths of a turn; sign: 0 or 1
+    scaled = torch.lerp(green - blue, torch.lerp(  # chroma × hue in sixths of a turn; sign: 0 or 1
         blue - red + 2 * chroma, red - green + 4 * chroma, (value - green).sign()),
         (value - red).sign())
-    hue = 6 * (hue / (6 * chroma).clamp_min(1e-12) + 1 + shift[:, 0]).frac()
+    hue = 6 * (scaled / (6 * chroma).clamp_min(1e-12) + 1 + shift[:, 0]).frac()
     waves = 2 - (hue - 3).abs(), (hue - 2).abs() - 1, (hue - 4).abs() - 1
     return torch.stack([value - chroma * wave.clamp(0, 1) for wave in waves], 1)
 
@@ -725,17 +730,18 @@ class Siamese(nn.Module):
 
     def __init__(self, settings):
         super().__init__()
-        self.encoder, width = make_encoder(settings)
-        hidden = min(4 * width, 2048)
+        self.encoder, self.dim = make_encoder(settings)
+        hidden = min(4 * self.dim, 2048)
         self.predictor = self.target = None
         if settings.ssl == "simclr":
-            self.projector = mlp(width, hidden, 128, norm=False)
+            self.projector = mlp(self.dim, hidden, 128, norm=False)
         elif settings.ssl == "byol":
-            self.projector, self.predictor = mlp(width, 2 * hidden, 256), mlp(256, 4 * hidden, 256)
+            self.projector = mlp(self.dim, 2 * hidden, 256)
+            self.predictor = mlp(256, 4 * hidden, 256)
             self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector))
             self.target.requires_grad_(False)
         else:
-            self.projector = nn.Sequential(mlp(width, hidden, hidden, hidden),
+            self.projector = nn.Sequential(mlp(self.dim, hidden, hidden, hidden),
                                            nn.BatchNorm1d(hidden, affine=False))
             self.predictor = mlp(hidden, hidden // 4, hidden)
 
@@ -807,7 +813,8 @@ LEARNED = ("adios", "adios-s")  # these need an occluder
 
 # ---- The game ------------------------------------------------------------------------------------
 # Each batch has two moves over the same loss. I descends on it, the masks given (`detach`). Then M
-# ascends on it (`-gain`): the gradient reaches its masks through an I that is frozen.
+# ascends on it (`-gain`): the gradient reaches its masks through an I that is frozen. Precision,
+# compilation and several processes have their helpers after the class.
 
 
 class Player:
@@ -835,7 +842,7 @@ def frozen(model):
     statistics stay as they are (batches are still normalised by their own statistics)."""
     held = [(p, "requires_grad") for p in model.parameters() if p.requires_grad]
     held += [(m, "track_running_stats") for m in model.modules()
-             if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     try:
         for thing, attribute in held:
             setattr(thing, attribute, False)
@@ -870,7 +877,7 @@ class Game:
                 self.scaler]
 
     def normalise(self, images):
-        """Images in [0, 1] as the networks see them: 0 is the data set's mean colour."""
+        """Images [B, 3, H, H] in [0, 1] as the networks see them: 0 is the data's mean colour."""
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def autocast(self):
@@ -904,10 +911,10 @@ class Game:
                          for which, masks in zip(masked, painted)]
 
     def loss(self, views, hidden, wholes=None):
-        """L, a scalar: how far one of the views A and B, [B, 3, H, H] each, is from the other
-        behind its masks, the mean over them. `hidden` has masks [B, K, H, H] for each view that
-        the objective masks. Also returns the embeddings of the whole views, each encoded once,
-        however many masks there are; not even once where they are given."""
+        """L, a scalar: for each of the views A and B, [B, 3, H, H] each, that the objective masks,
+        compare the other one, whole, with it behind each of its masks, `hidden`'s [B, K, H, H]; the
+        mean over all. Also returns the (p, z) of the whole views, each encoded once, however many
+        masks there are; not even once where they are given as `wholes`."""
         compare, masked = OBJECTIVES[self.settings.ssl]
         wholes = wholes or [self.embed(views[1 - which]) for which in masked]
         losses = [compare(whole, self.embed(views[which] * (1 - mask)), self.settings)
@@ -959,8 +966,8 @@ class Game:
 
     def play(self, images, progress):
         """Both moves on a batch of uint8 images [B, C, H, H] at `progress` (0 to 1) of the run.
-        Returns, on the device: I's loss, M's gain (NaN where it does not move) and the mean area
-        of each mask."""
+        Returns, on the device, [2 + masks]: I's loss, M's gain (NaN where it does not move) and the
+        mean area of each mask."""
         views, truths = self.two_views(images)
         m_moves = self.learned and progress < self.settings.occluder_share
         with torch.set_grad_enabled(m_moves):
@@ -1026,7 +1033,8 @@ def sum_gradients(network):
 
 
 def as_seen(game, images, rows=None):
-    """Images (uint8 [n, 3, H, H]; all, or these rows) as the networks see them, 512 at a time."""
+    """Images (uint8 [n, 3, H, W]; all, or these rows) as the networks see them, in batches
+    [512, 3, H, W]."""
     for part in (torch.arange(len(images)) if rows is None else rows).split(512):
         yield game.normalise(images[part].to(game.device).float() / 255)
 
@@ -1234,8 +1242,8 @@ def write(path, save):
         half.replace(path)
     except OSError as error:
         half.unlink(missing_ok=True)
-        raise AdiosError(f"{path} cannot be written ({error.strerror}); the last checkpoint is "
-                         "whole: make room, and --resume goes on from it") from error
+        raise AdiosError(f"{path} cannot be written ({error.strerror}): make room; a run then goes "
+                         "on with --resume from its last checkpoint, which is whole") from error
 
 
 def write_json(path, values):
@@ -1303,7 +1311,8 @@ def ctrl_c():
 
 
 def check(values, step):
-    """Raise AdiosError if, at a step, what `play` returned or the like is no longer finite."""
+    """Raise AdiosError if, at a step, what `play` returned is no longer finite, or the sums of
+    I's and M's weights in the places of loss and areas."""
     loss, gain, *areas = values
     painted = all(map(math.isfinite, areas))
     if not (painted and math.isfinite(loss)) or math.isinf(gain):
@@ -1332,8 +1341,9 @@ def warn(game, row, change, warned):
 
 
 def train_epoch(game, data, epoch, announce, stop):
-    """Play an epoch (from 1) and show it; returns its row of the log. Raises AdiosError where the
-    game breaks down, KeyboardInterrupt once there is something in the list `stop`."""
+    """Play an epoch (from 1) and show it; returns its row of the log: epoch, loss, gain (None if M
+    stood still), area_1, … and images_per_second. Raises AdiosError where the game breaks down,
+    KeyboardInterrupt once there is something in the list `stop`."""
     size, epochs = game.settings.batch_size, game.settings.epochs
     torch.manual_seed(game.settings.seed * 2**20 + epoch)
     order = torch.randperm(len(data.images))
@@ -1374,8 +1384,6 @@ def train_epoch(game, data, epoch, announce, stop):
 def introduce(game, data):
     """Print what will run."""
     settings = game.settings
-    if RANK:
-        return
 
     def size(network):
         return f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
@@ -1400,8 +1408,8 @@ def play_epochs(game, data, out, log, seconds):
     drawing and saving on the way; returns the log and the seconds of all."""
     epochs, first = game.settings.epochs, len(log) + 1
     some = slice(0, None, max(1, len(data.test_images) // 12))
-    shown, truth = data.test_images[some][:12], data.test_masks
-    truth = None if truth is None else truth[some][:12]
+    shown = data.test_images[some][:12]
+    truth = None if data.test_masks is None else data.test_masks[some][:12]
     masks, looked, warned, change = masks_on(game, shown, truth), first - 1, set(), None
     with ctrl_c() as stop:
         for epoch in range(first, epochs + 1):
@@ -1452,7 +1460,8 @@ def train(settings):
     mean, std = (state["mean"], state["std"]) if state else data.statistics()
     game = Game(settings, mean, std, device)
     data.to(device)
-    introduce(game, data)
+    if not RANK:
+        introduce(game, data)
     untrained = {f"{name}_untrained": score for name, score in judge(game, data).items()}
     log, seconds = resume(state, game) if state else ([], 0.0)
     if RANK:  # process 0 judges, shows and writes
@@ -1507,7 +1516,7 @@ def finetune(game, data):
     settings, rows = game.settings, (data.labels >= 0).nonzero()[:, 0]
     tuned = copy.copy(game)
     tuned.model = copy.deepcopy(game.model)
-    layer = nn.Linear(make_encoder(settings)[1], len(data.classes), device=game.device)
+    layer = nn.Linear(game.model.dim, len(data.classes), device=game.device)
     player = Player(nn.Sequential(tuned.model.encoder, layer), settings.lr, settings)
     size = min(settings.batch_size, len(rows))
     for epoch in tqdm(range(settings.epochs), desc="fine-tuning", leave=False):
@@ -1544,8 +1553,7 @@ def k_means(found, k, starts=5, rounds=100):
 def cluster_metrics(clusters, labels):
     """Agreement of two partitions, int64 [n] each: normalised mutual information (NMI, by the mean
     entropy), adjusted Rand index (ARI) and Fowlkes-Mallows index (FMI); 1 is perfect."""
-    table = torch.zeros(int(clusters.max()) + 1, int(labels.max()) + 1, dtype=torch.float64)
-    table.index_put_((clusters.cpu(), labels.cpu()), torch.ones((), dtype=torch.float64), True)
+    table = F.one_hot(clusters.cpu()).double().T @ F.one_hot(labels.cpu()).double()
     rows, columns, n = table.sum(1), table.sum(0), table.sum()
 
     def entropy(counts):
@@ -1627,9 +1635,9 @@ def timed(phases, device, least=10):
 def peak_memory(device):
     """The most memory used so far, in MB: the GPU's or else the process's; None on Windows."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def bench(settings):
@@ -1644,7 +1652,7 @@ def bench(settings):
     plain = Game(replace(settings, ssl="simclr", masks="none"), half, half, device)
     channels = 4 if settings.masks.startswith("object") else 3
     images = torch.randint(256, (batch, channels, size, size), dtype=torch.uint8).to(device)
-    bank = torch.randn(5000, make_encoder(settings)[1]).to(device)
+    bank = torch.randn(5000, game.model.dim).to(device)
     labels = torch.randint(10, (5000,)).to(device)
     side = 2048 if device.type == "cpu" else 8192
     matrix = torch.randn(side, side).to(device, game.dtype)
@@ -1662,7 +1670,7 @@ def bench(settings):
         if game.learned:
             phases["painting and M's move"] = lambda: game.occlusion_move(
                 views, *game.hide(views, truths), 0.0, wholes)
-    phases["k-NN of a batch"] = lambda: knn_votes(bank, labels, features(game, images))
+    phases["k-NN of a batch"] = lambda: knn_votes(bank, labels, features(game, images[:, :3]))
     phases["matrix product"] = lambda: matrix @ matrix
     flops = []
     for player in (game, plain):
@@ -1679,14 +1687,15 @@ def bench(settings):
                "peak_memory_mb": peak_memory(device),
                "milliseconds": {name: 1000 * value for name, value in median.items()},
                "device": (torch.cuda.get_device_name(device) if device.type == "cuda" else
+                          "mps" if device.type == "mps" else
                           f"{torch.get_num_threads()} CPU threads"),
                "precision": str(game.dtype)[6:], "settings": asdict(settings)}
     results["share_of_matmul"] = results["tflops"] / results["matmul_tflops"]
-    with run_folder(settings) as out:
-        write_json(out / "bench.json", results)
     for name, value in results["milliseconds"].items():
         print(f"{name:24}{value:10.1f} ms")
     print(json.dumps(results))
+    with run_folder(settings) as out:
+        write_json(out / "bench.json", results)
     return results
 
 
@@ -1724,8 +1733,8 @@ def parse(argv=None):
         other = dataset != was["dataset"] or (
             dataset == "folder" and given.get("data_dir", data_dir) != data_dir)
         out = str(path.parent / dataset if other else path.parent)
-        given = was | dict(device="auto", limit=0, resume=False, overwrite=False,
-                           data_dir=data_dir, out=out) | given
+        given = was | dict(device="auto", limit=0 if other else was["limit"], resume=False,
+                           overwrite=False, data_dir=data_dir, out=out) | given
     return Settings(**given)
 
 
@@ -1743,8 +1752,8 @@ def show(results):
 def keep_memory():
     """Have glibc keep freed memory: to get it anew, zeroed, cost a tenth of a step on CPUs."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems' C libraries
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**30)
+        for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(threshold, 2**30)
 
 
 def main(argv=None):
@@ -1752,6 +1761,8 @@ def main(argv=None):
     keep_memory()
     try:
         settings = parse(argv)
+        if WORLD > 1 and (settings.bench or settings.evaluate):
+            raise AdiosError("torchrun is for training: give --bench and --evaluate to python")
         if WORLD > 1:
             device = pick_device(settings.device)
             if device.type == "cuda":

@@ -187,6 +187,17 @@ def test_moves_leave_the_other_player_untouched():
         assert trained == [p for p in game.model.parameters() if p.requires_grad]
 
 
+def test_frozen_puts_back_what_was_there():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4).requires_grad_(False),
+                                torch.nn.BatchNorm1d(4, track_running_stats=False),
+                                torch.nn.BatchNorm1d(4))
+    for _ in range(2):
+        assert [p.requires_grad for p in model.parameters()] == [False] * 2 + [True] * 4
+        assert [norm.track_running_stats for norm in model[1:]] == [False, True]
+        with adios.frozen(model):
+            assert not any(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("ssl", ["simclr", "byol", "simsiam"])
 @pytest.mark.parametrize("scheme", ["adios", "adios-s"])
 def test_a_small_step_of_i_lowers_the_loss_and_one_of_m_raises_it(scheme, ssl):
@@ -924,8 +935,7 @@ def test_evaluation_of_a_trained_encoder(tmp_path):
     """On its own data, the Backgrounds Challenge among it, and transferred to a folder."""
     settings = Settings(limit=1280, epochs=2, out="o", device="cpu")
     trained = adios.train(settings)
-    assert adios.main(["--evaluate", "o/checkpoint.pt", "--finetune", "--limit", "1280",
-                       "--epochs", "8"]) == 0
+    assert adios.main(["--evaluate", "o/checkpoint.pt", "--finetune", "--epochs", "8"]) == 0
     found = json.loads((tmp_path / "o/evaluation.json").read_text())
     assert found["knn_top1"] == trained["knn"] and "knn_top5" not in found
     assert found["linear_top1"] > 0.4 and found["finetuned_top1"] > 0.4
@@ -1110,10 +1120,11 @@ def test_two_processes_play_a_run(tmp_path):
     assert results["knn"] > 0.4 and (tmp_path / "o/encoder.pt").exists()
 
 
-def test_batches_must_divide_among_processes(monkeypatch, capsys):
+def test_what_several_processes_cannot_do_is_refused(monkeypatch, refused):
     monkeypatch.setattr(adios, "WORLD", 3)
     with pytest.raises(adios.AdiosError, match="multiple of 3"):
         adios.train(Settings(**SMALL, out="o"))
+    refused("--bench", says="torchrun is for training")
 
 
 # ---- The benchmark -------------------------------------------------------------------------------
@@ -1122,8 +1133,12 @@ def test_batches_must_divide_among_processes(monkeypatch, capsys):
 @pytest.mark.parametrize("more", [("--masks", "adios"), ("--updates", "simultaneous"),
                                   ("--masks", "object"), ("--ssl", "simsiam", "--masks", "none")])
 def test_bench_says_what_a_step_costs(capsys, tmp_path, monkeypatch, more):
-    monkeypatch.setattr(adios, "timed", lambda phases, device: torch.arange(
-        1.0, len(phases) + 1)[:, None].repeat(1, 3))  # phase n takes n seconds
+    def timed(phases, device):
+        for run in phases.values():
+            run()
+        return torch.arange(1.0, len(phases) + 1)[:, None].repeat(1, 3)  # phase n takes n seconds
+
+    monkeypatch.setattr(adios, "timed", timed)
     assert adios.main(["--bench", "--batch-size", "8", "--width", "8", "--out", "o", *more]) == 0
     *table, line = capsys.readouterr().out.splitlines()
     found = json.loads(line)
@@ -1502,13 +1517,15 @@ def test_an_error_is_one_line_and_exit_code_2():
     (["--evaluate", "nothing.pt"], "there is no checkpoint nothing.pt"),
     (["--masks", "object", "--dataset", "cifar10"], "only shapes"),
     (["--resume", "--overwrite"], "drop one"),
+    (["--finetune"], "--finetune is a part of --evaluate"),
 ])
 def test_bad_arguments(refused, arguments, says):
     refused(*arguments, says=says)
 
 
 def test_settings_refuse_wrong_types():
-    for wrong in (dict(epochs=1.5), dict(epochs="3"), dict(lr=True), dict(out=None)):
+    for wrong in (dict(epochs=1.5), dict(epochs="3"), dict(lr=True), dict(out=None),
+                  dict(bench=True, evaluate="o/checkpoint.pt")):
         with pytest.raises(ValueError):
             Settings(**wrong)
     assert isinstance(Settings(lr=1).lr, float)
