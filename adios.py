@@ -594,8 +594,18 @@ class ResNet18(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def stem(self, x):
+        """conv1. Where a gradient goes on to the images, as in M's move, a stride of 2 is computed
+        on blocks of 2 × 2 pixels as 12 channels: the same function with a cheaper gradient."""
+        if not x.requires_grad or self.conv1.stride != (2, 2):
+            return self.conv1(x)
+        odd = x.shape[-1] % 2
+        weight = F.pixel_unshuffle(F.pad(self.conv1.weight, (1, 0, 1, 0)), 2)
+        blocks = F.pixel_unshuffle(F.pad(x, (4, 2 + odd, 4, 2 + odd)), 2)
+        return F.conv2d(blocks.contiguous(memory_format=torch.channels_last), weight)
+
     def forward(self, x):
-        x = self.maxpool(self.bn1(self.conv1(x)).relu_())
+        x = self.maxpool(self.bn1(self.stem(x)).relu_())
         return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
 
 

@@ -129,6 +129,18 @@ def test_resnet18_is_torchvisions():
         theirs.fc = torch.nn.Linear(512, 1000)
 
 
+@pytest.mark.parametrize("size", [32, 45, 96])
+def test_the_stem_is_the_same_where_a_gradient_goes_on_to_the_images(size):
+    net, image = adios.ResNet18(8).double(), torch.randn(2, 3, size, size, dtype=torch.float64)
+    results = []
+    for forward in (net.stem, net.conv1):
+        x = image.clone().requires_grad_()
+        y = forward(x)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), (x, net.conv1.weight))))
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain)
+
+
 def test_small_stem_keeps_the_resolution():
     small, usual = adios.ResNet18(8, small_stem=True), adios.ResNet18(8)
     x = torch.randn(2, 3, 32, 32)
