@@ -37,7 +37,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -1225,17 +1224,15 @@ def run_folder(settings):
     out = Path(settings.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = tempfile.TemporaryFile(dir=out) if fcntl is None else open(out / ".lock", "a")
+        lock = open(out / ".lock", "a")
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise AdiosError(f"--out {out} cannot be written to ({error.strerror}): name another"
-                         ) from error
+        problem = ("is in use by another run: wait for its end, or"
+                   if isinstance(error, BlockingIOError) else
+                   f"cannot be written to ({error.strerror}):")
+        raise AdiosError(f"--out {out} {problem} name another") from error
     with lock:  # closing it, or the end of the process, gives the lock back
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise AdiosError(f"--out {out} is in use by another run: wait for its end, or name "
-                             "another") from error
         yield out
 
 
@@ -1272,8 +1269,8 @@ def read_checkpoint(path):
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # torch wonders at files of other kinds
             state = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in STATE} | {
-            "settings": asdict(Settings(**state["settings"]))}
+        state["settings"] = asdict(Settings(**state["settings"]))
+        return {name: state[name] for name in STATE}
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise AdiosError(f"{path} is damaged or no checkpoint of adios.py's: name another, or "
                          "train anew with --overwrite") from error
@@ -1567,7 +1564,7 @@ def cluster_metrics(clusters, labels):
     rows, columns, n = table.sum(1), table.sum(0), table.sum()
 
     def entropy(counts):
-        return -torch.special.xlogy(counts / n, counts / n).sum()
+        return torch.special.entr(counts / n).sum()
 
     def pairs(counts):
         return (counts * (counts - 1) / 2).sum()
