@@ -35,14 +35,13 @@ import itertools
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -161,7 +160,8 @@ class Settings:
         if self.masks.startswith("object") and self.dataset != "shapes" and not self.evaluate:
             raise AdiosError(f"--masks {self.masks}: only shapes knows its objects' true masks")
         if self.resume and self.overwrite or self.bench and self.evaluate:
-            both = "--resume and --overwrite" if self.resume else "--bench and --evaluate"
+            both = ("--bench and --evaluate" if self.bench and self.evaluate else
+                    "--resume and --overwrite")
             raise AdiosError(f"{both} exclude each other: drop one of them")
         if self.finetune and not self.evaluate:
             raise AdiosError("--finetune is a part of --evaluate CHECKPOINT: give that, too")
@@ -238,11 +238,9 @@ INSIDE = {
 
 def draw_shapes(count, size, seed):
     """Draw objects and backgrounds, to be composed: the same for a seed on every machine, since
-    random numbers are the CPU generator's and the arithmetic, in float64, ends in 8 bits.
-
-    Returns labels int64 [n], object colours uint8 [n, 3, 1, 1], the objects' coverage of each
-    pixel, float64 [n, 1, H, W] in [0, 1], and backgrounds uint8 [n, 3, H, W].
-    """
+    random numbers are the CPU generator's and the arithmetic, in float64, ends in 8 bits. Returns
+    labels int64 [n], object colours uint8 [n, 3, 1, 1], the objects' coverage of each pixel,
+    float64 [n, 1, H, W] in [0, 1], and backgrounds uint8 [n, 3, H, W]."""
     rng = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
@@ -391,12 +389,9 @@ def read_image(path, size):
 
 
 def decode(paths, size):
-    """Image files as uint8 [n, 3, size, size].
-
-    Decoded on all cores (Pillow works outside Python's lock) into a file under $XDG_CACHE_HOME or
-    ~/.cache that is named after the files' names, lengths and times: the next run maps it into
-    memory at once, and it is made anew when a file changes.
-    """
+    """Image files as uint8 [n, 3, size, size], decoded on all cores (Pillow works outside Python's
+    lock) into a file under $XDG_CACHE_HOME or ~/.cache, named after their names, lengths and times:
+    the next run maps it into memory at once, and it is made anew when one of them changes."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adios"
     half, length = home / f"half-{os.getpid()}", len(paths) * 3 * size**2
     try:
@@ -501,7 +496,6 @@ def shift_hue(images, shift):
 def colour_jitter_(images, factors, order):
     """Adjust images [B, 3, H, W] in [0, 1] in place by factors [B, 4] (brightness, contrast,
     saturation, hue), each image in its own order [B, 4] of the four; −1 there adjusts nothing.
-
     The first three scale a colour's distance from black, from the image's mean grey and from the
     pixel's grey: one blend does them all, and four are cheaper than sorting images by turn."""
     turns = (order[:, :, None] == torch.arange(4)).float()  # [B, 4 steps, 4 adjustments]
@@ -534,10 +528,8 @@ def gaussian_blur(images, sigma):
 def augment(images, settings):
     """One random view of each image: uint8 [B, C, H, H] to float32 [B, C, H, H] in [0, 1]. The
     first three channels are colours; others, such as masks, are cropped and flipped with them.
-
     Random resized crop, flip (p 0.5), colour jitter (p 0.8), grey (p 0.2) and Gaussian blur
-    (p settings.blur, sigma 0.1 to 2 pixels), drawn from torch's global CPU generator.
-    """
+    (p settings.blur, sigma 0.1 to 2 pixels), drawn from torch's global CPU generator."""
     count, size, device = len(images), images.shape[-1], images.device
     boxes = random_boxes(count, size, settings.min_crop)
     views = crop_and_flip(images.float().div_(255), boxes, torch.rand(count) < 0.5)
@@ -655,17 +647,12 @@ class Occluder(nn.Module):
         super().__init__()
         depth = int(math.log2(image_size) - 1)
         channels = [width if stage < 2 else 2 * width for stage in range(depth)]
-
-        def conv(inner, outer):
-            return nn.Sequential(nn.Conv2d(inner, outer, 3, padding=1, bias=False),
-                                 nn.GroupNorm(8, outer), nn.ReLU(inplace=True))
-
+        conv = partial(torchvision.ops.Conv2dNormActivation, norm_layer=partial(nn.GroupNorm, 8))
         self.down = nn.ModuleList(map(conv, [3, *channels], channels))
         self.up = nn.ModuleList(conv(2 * inner, outer) for inner, outer in
                                 zip(channels[::-1], [*channels[-2::-1], width]))
         flat = channels[-1] * (image_size // 2**(depth - 1))**2
-        self.mlp = nn.Sequential(nn.Linear(flat, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
-                                 nn.Linear(128, flat), nn.ReLU())
+        self.mlp = mlp(flat, 128, 128, flat, norm=False).append(nn.ReLU())
         self.to_masks = nn.Conv2d(width, num_masks, 1)
 
     def forward(self, x):
@@ -681,11 +668,9 @@ class Occluder(nn.Module):
 
 def sparsity_penalty(masks):
     """p = 1 / sin(π · mean(m)) of masks [B, N, H, W] in [0, 1], per image and mask: [B, N] ≥ 1.
-
-    It is 1 for a mask over half the image and grows without bound towards none or all of it
-    (paper, section 3.3). Areas are moved by up to 1e-5 towards a half, so that a mask at either end
-    has a finite price, and a gradient away from there.
-    """
+    It is 1 for a mask over half the image and grows without bound towards none or all of it (paper,
+    section 3.3). Areas are moved by up to 1e-5 towards a half, so that a mask at either end has a
+    finite price, and a gradient away from there."""
     area = 0.5 + (masks.float().mean((2, 3)) - 0.5) * (1 - 2e-5)
     return 1 / torch.sin(math.pi * area)
 
@@ -948,8 +933,7 @@ class Game:
         self.scaler.update()
 
     def inference_move(self, views, hidden, progress):
-        """I descends on the loss, the masks given. Returns the loss and the whole views'
-        embeddings."""
+        """I descends on L, the masks given. Returns L and the whole views' (p, z)."""
         loss, wholes = self.loss(views, [masks.detach() for masks in hidden])
         self.descend(loss, (self.inference, progress))
         self.model.follow(progress)
@@ -1042,8 +1026,7 @@ def sum_gradients(network):
 
 
 def as_seen(game, images, rows=None):
-    """Images (uint8 [n, 3, H, W]; all, or these rows) as the networks see them, in batches
-    [512, 3, H, W]."""
+    """Images uint8 [n, 3, H, W], all or these rows, as the networks see them, 512 at a time."""
     for part in (torch.arange(len(images)) if rows is None else rows).split(512):
         yield game.normalise(images[part].to(game.device).float() / 255)
 
@@ -1077,7 +1060,7 @@ def masks_on(game, images, truth=None):
 def top(scores, labels, k=1):
     """The share, 0 to 1, of the rows of scores [n, C] whose label [n] is among the k highest."""
     best = scores.topk(min(k, scores.shape[1])).indices
-    return (best == labels[:, None]).sum().item() / len(labels)
+    return (best == labels[:, None].to(best.device)).sum().item() / len(labels)
 
 
 def knn_votes(train_features, train_labels, test_features, k=20, temperature=0.07):
@@ -1133,11 +1116,10 @@ def judge(game, data):
     truth to judge by, or the scheme no learned masks."""
     bank, found = labelled_features(game, data), features(game, data.test_images)
     scores = dict.fromkeys(JUDGES)
-    scores["knn"] = knn_accuracy(*bank, found, data.test_labels.to(game.device))
+    scores["knn"] = knn_accuracy(*bank, found, data.test_labels)
     if "mixed_rand" in data.backgrounds:
         images, labels = data.backgrounds["mixed_rand"]
-        scores["knn_shuffled_background"] = knn_accuracy(*bank, features(game, images),
-                                                         labels.to(game.device))
+        scores["knn_shuffled_background"] = knn_accuracy(*bank, features(game, images), labels)
     if data.test_masks is not None and game.learned:
         scores["object_iou"] = object_iou(masks_on(game, data.test_images),
                                           data.test_masks.to(game.device))
@@ -1237,8 +1219,7 @@ def run_folder(settings):
 
 
 def write(path, save):
-    """Make a file, whole or not at all: what save(file) writes goes to one beside it that then
-    takes its name."""
+    """Make a file, whole or not at all: save(file) fills one beside it that takes its name."""
     content, half = io.BytesIO(), path.with_name(path.name + ".part")
     save(content)
     try:
@@ -1248,17 +1229,15 @@ def write(path, save):
             os.fsync(file.fileno())
         half.replace(path)
     except OSError as error:
-        half.unlink(missing_ok=True)
         raise AdiosError(f"{path} cannot be written ({error.strerror}): make room; a run then goes "
                          "on with --resume from its last checkpoint, which is whole") from error
+    finally:
+        half.unlink(missing_ok=True)  # where it has not taken its name
 
 
 def write_json(path, values):
     """Make a JSON file."""
     write(path, lambda file: file.write((json.dumps(values, indent=2) + "\n").encode()))
-
-
-STATE = ("settings", "mean", "std", "log", "seconds", "parts")  # what a checkpoint holds
 
 
 def read_checkpoint(path):
@@ -1269,8 +1248,8 @@ def read_checkpoint(path):
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # torch wonders at files of other kinds
             state = torch.load(file, map_location="cpu", weights_only=True)
-        state["settings"] = asdict(Settings(**state["settings"]))
-        return {name: state[name] for name in STATE}
+        return {"settings": asdict(Settings(**state["settings"]))} | {
+            name: state[name] for name in ("mean", "std", "log", "seconds", "parts")}
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise AdiosError(f"{path} is damaged or no checkpoint of adios.py's: name another, or "
                          "train anew with --overwrite") from error
@@ -1296,25 +1275,6 @@ def resume(state, game):
         raise AdiosError(f"--resume: the checkpoint is of other settings: give {' '.join(odd)}")
     restore(game.parts(), state["parts"])
     return state["log"], state["seconds"]
-
-
-@contextlib.contextmanager
-def ctrl_c():
-    """Gives a list that Ctrl-C fills, so that a run stops between two steps, not in the midst of
-    writing a file. A second Ctrl-C breaks off at once."""
-    asked, main = [], threading.current_thread() is threading.main_thread()
-
-    def note(*_):
-        asked.append(True)
-        if len(asked) > 1:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, note) if main else None
-    try:
-        yield asked
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
 
 
 def check(values, step):
@@ -1347,10 +1307,10 @@ def warn(game, row, change, warned):
             tqdm.write(f"adios: warning: epoch {row['epoch']}: {text}", file=sys.stderr)
 
 
-def train_epoch(game, data, epoch, announce, stop):
+def train_epoch(game, data, epoch, announce):
     """Play an epoch (from 1) and show it; returns its row of the log: epoch, loss, gain (None if M
-    stood still), area_1, … and images_per_second. Raises AdiosError where the game breaks down,
-    KeyboardInterrupt once there is something in the list `stop`."""
+    stood still), area_1, … and images_per_second. `announce` has it tell how long the rest of the
+    run will take. Raises AdiosError where the game breaks down."""
     size, epochs = game.settings.batch_size, game.settings.epochs
     torch.manual_seed(game.settings.seed * 2**20 + epoch)
     order = torch.randperm(len(data.images))
@@ -1361,8 +1321,6 @@ def train_epoch(game, data, epoch, announce, stop):
     with tqdm(total=len(batches) * size, unit="img", desc=f"epoch {epoch}/{epochs}",
               leave=epoch == epochs, disable=RANK > 0) as bar:
         for i, rows in enumerate(batches):
-            if stop:
-                raise KeyboardInterrupt
             rows = rows[RANK::WORLD]
             images = send(data.images[send(rows, data.images.device)], game.device)
             if game.settings.masks.startswith("object"):
@@ -1418,38 +1376,32 @@ def play_epochs(game, data, out, log, seconds):
     shown = data.test_images[some][:12]
     truth = None if data.test_masks is None else data.test_masks[some][:12]
     masks, looked, warned, change = masks_on(game, shown, truth), first - 1, set(), None
-    with ctrl_c() as stop:
-        for epoch in range(first, epochs + 1):
-            start = time.perf_counter()
-            row = train_epoch(game, data, epoch, epoch == first, stop)
-            due = epoch % max(1, min(10, epochs // 4)) == 0 or epoch == epochs
-            log.append(row | (judge(game, data) if due else dict.fromkeys(JUDGES)))
-            if due:
-                before, masks = masks, masks_on(game, shown, truth)
-                if game.learned and looked < game.settings.occluder_share * epochs:
-                    change = (masks - before).abs().mean().item()
-                looked = epoch
-                warn(game, log[-1], change, warned)
-                for name, figure in (("curves", plot_curves(log)),
-                                     ("masks", plot_masks(shown, masks))):
-                    write(out / f"{name}.png", lambda file: figure.savefig(file, dpi=110))
-            table = io.StringIO(newline="")
-            writer = csv.DictWriter(table, log[0])
-            writer.writeheader()
-            writer.writerows(log)
-            write(out / "log.csv", lambda file: file.write(table.getvalue().encode()))
-            seconds += time.perf_counter() - start
-            save_checkpoint(out / "checkpoint.pt", game, log, seconds)
+    for epoch in range(first, epochs + 1):
+        start = time.perf_counter()
+        row = train_epoch(game, data, epoch, epoch == first)
+        due = epoch % max(1, min(10, epochs // 4)) == 0 or epoch == epochs
+        log.append(row | (judge(game, data) if due else dict.fromkeys(JUDGES)))
+        if due:
+            before, masks = masks, masks_on(game, shown, truth)
+            if game.learned and looked < game.settings.occluder_share * epochs:
+                change = (masks - before).abs().mean().item()
+            looked = epoch
+            warn(game, log[-1], change, warned)
+            write(out / "curves.png", partial(plot_curves(log).savefig, dpi=110))
+            write(out / "masks.png", partial(plot_masks(shown, masks).savefig, dpi=110))
+        table = io.StringIO(newline="")
+        csv.writer(table).writerows([log[0], *(row.values() for row in log)])  # names, then values
+        write(out / "log.csv", lambda file: file.write(table.getvalue().encode()))
+        seconds += time.perf_counter() - start
+        save_checkpoint(out / "checkpoint.pt", game, log, seconds)
     return log, seconds
 
 
 def train(settings):
     """Play the whole game and judge it; returns what results.json holds (None in all but the first
-    of several processes).
-
-    Into settings.out go masks.png, curves.png, log.csv and checkpoint.pt, renewed on the way, and
-    results.json and encoder.pt, in the end. Raises AdiosError for what the user can mend.
-    """
+    of several processes). Into settings.out go masks.png, curves.png, log.csv and checkpoint.pt,
+    renewed on the way, and results.json and encoder.pt, in the end. Raises AdiosError for what the
+    user can mend."""
     device, path = pick_device(settings.device), Path(settings.out) / "checkpoint.pt"
     if path.exists() and not (settings.resume or settings.overwrite):
         raise AdiosError(f"--out {settings.out} holds a run already: give --resume to go on with "
@@ -1473,7 +1425,7 @@ def train(settings):
     log, seconds = resume(state, game) if state else ([], 0.0)
     if RANK:  # process 0 judges, shows and writes
         for epoch in range(len(log) + 1, settings.epochs + 1):
-            train_epoch(game, data, epoch, False, [])
+            train_epoch(game, data, epoch, False)
         return None
     with run_folder(settings) as out:
         if not state:
@@ -1483,8 +1435,8 @@ def train(settings):
         try:
             log, seconds = play_epochs(game, data, out, log, seconds)
         except KeyboardInterrupt:
-            print(f"\nstopped: {path} holds {len(log)} of {settings.epochs} epochs; "
-                  "--resume goes on from there", file=sys.stderr)
+            print(f"\nstopped: {path} holds {len(read_checkpoint(path)['log'])} of "
+                  f"{settings.epochs} epochs; --resume goes on from there", file=sys.stderr)
             raise
         results = {**{name: log[-1][name] for name in JUDGES}, **untrained, "seconds": seconds,
                    "images_per_second": sum(row["images_per_second"] for row in log) / len(log),
@@ -1561,18 +1513,11 @@ def cluster_metrics(clusters, labels):
     """Agreement of two partitions, int64 [n] each: normalised mutual information (NMI, by the mean
     entropy), adjusted Rand index (ARI) and Fowlkes-Mallows index (FMI); 1 is perfect."""
     table = F.one_hot(clusters.cpu()).double().T @ F.one_hot(labels.cpu()).double()
-    rows, columns, n = table.sum(1), table.sum(0), table.sum()
-
-    def entropy(counts):
-        return torch.special.entr(counts / n).sum()
-
-    def pairs(counts):
-        return (counts * (counts - 1) / 2).sum()
-
-    mean = (entropy(rows) + entropy(columns)) / 2
-    both, one, other = pairs(table), pairs(rows), pairs(columns)
-    chance = one * other / pairs(n)
-    return {"nmi": ((2 * mean - entropy(table)) / mean).item(),
+    counts, n = (table, table.sum(1), table.sum(0)), len(labels)
+    joint, rows, columns = (torch.special.entr(count / n).sum() for count in counts)  # entropies
+    both, one, other = ((count * (count - 1) / 2).sum() for count in counts)  # pairs in a cluster
+    mean, chance = (rows + columns) / 2, one * other / (n * (n - 1) / 2)
+    return {"nmi": ((2 * mean - joint) / mean).item(),
             "ari": ((both - chance) / ((one + other) / 2 - chance)).item(),
             "fmi": (both / (one * other).sqrt()).item()}
 
@@ -1596,18 +1541,16 @@ def evaluate(settings):
         results["mass_in_box"] = mass_inside(masks_on(game, data.test_images), boxes)
     restore([game.model], state["parts"])
     bank, labels = labelled_features(game, data)
-    found, truth = features(game, data.test_images), data.test_labels.to(device)
+    found, truth = features(game, data.test_images), data.test_labels
     probe = linear_probe(bank, labels, len(data.classes))
     scores = {"knn": knn_votes(bank, labels, found), "linear": probe(found)}
     if settings.finetune:
         scores["finetuned"] = finetune(game, data)
-    for name, score in scores.items():
-        results[f"{name}_top1"] = top(score, truth)
-        if len(data.classes) > 10:
-            results[f"{name}_top5"] = top(score, truth, 5)
+    results |= {f"{name}_top{k}": top(score, truth, k) for name, score in scores.items()
+                for k in ((1, 5) if len(data.classes) > 10 else (1,))}
     results |= cluster_metrics(k_means(found, len(data.classes)), truth)
     for name, (images, answers) in data.backgrounds.items():
-        results[f"linear_{name}"] = top(probe(features(game, images)), answers.to(device))
+        results[f"linear_{name}"] = top(probe(features(game, images)), answers)
     if {"mixed_same", "mixed_rand"} <= data.backgrounds.keys():
         gap = results["linear_mixed_same"] - results["linear_mixed_rand"]
         results["linear_background_gap"] = gap

@@ -1295,10 +1295,10 @@ def weights(folder):
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(monkeypatch, capsys, whole):
     epoch = adios.train_epoch
 
-    def interrupted(game, data, number, announce, stop):
+    def interrupted(game, data, number, announce):
         if number == 3:
             signal.raise_signal(signal.SIGINT)
-        return epoch(game, data, number, announce, stop)
+        return epoch(game, data, number, announce)
 
     settings = Settings(**SMALL | dict(epochs=3), out="parts")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
