@@ -129,7 +129,7 @@ class Settings:
                            "± 0.2 s", low=0, high=1.25)
     blur: float = option("probability of Gaussian blur", low=0, high=1)
     limit: int = option("training images to use, of shapes to draw (0: all)", 0, low=0, high=10**9)
-    seed: int = option("of data, weights, order and crops", 0, low=0, high=2**31)
+    seed: int = option("of data, weights, order and crops", 0, low=0, high=2**12 - 1)
     device: str = option("cpu, cuda, cuda:1, mps or auto, the fastest there is", "auto")
     compile: bool = option("torch.compile the networks: a minute's wait at the start", False)
     out: str = option("folder for results (default: runs/<dataset>-<ssl>-<masks>)", "")
@@ -325,7 +325,7 @@ def load_files(settings):
     places = {split: split for split in ("train", "val")}
     for part in CHALLENGE if name == "folder" else ():
         for place in (part, f"{part}/val"):  # the latter as in its archive
-            if (root / place).is_dir():
+            if os.path.isdir(root / place):
                 places[part] = place
     splits = {}
     for split, place in places.items():
@@ -357,13 +357,15 @@ def read_boxes(path, images, size):
     are pixels of the image as it is on the disk, from 0, the last ones included."""
     inside = torch.zeros(len(images), size, size, dtype=torch.bool)
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             boxes = {(row["split"], row["class"], row["file"]): row for row in csv.DictReader(file)}
         for image, found in zip(images, inside):
             left, top, right, bottom = (float(boxes[Path(image).parts[-3:]][side])
                                         for side in ("xmin", "ymin", "xmax", "ymax"))
             with Image.open(image) as opened:
                 width, height = opened.size
+            if not (0 <= right >= left < width and 0 <= bottom >= top < height):
+                raise ValueError(f"no part of {image} is in its box")
             scale, pixels = min(width, height) / size, torch.arange(size) - size / 2 + 0.5
             x, y = width / 2 + scale * pixels, height / 2 + scale * pixels[:, None]
             found |= (left <= x) & (x < right + 1) & (top <= y) & (y < bottom + 1)
@@ -379,10 +381,13 @@ def read_image(path, size):
     centre-cropped; of an animation the first image."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+            if image.mode == "F":
+                raise ValueError("its pixels are of floating point")
+            if image.mode.startswith("I;") or image.mode == "I" and image.getextrema()[1] > 255:
+                # 16 bits a pixel, which Pillow would cut off at 255
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             image = TF.center_crop(TF.resize(image.convert("RGB"), size), size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise AdiosError(f"{path} cannot be read as an image ({one_line(error)}): repair it or "
                          "take it away") from error
     return TF.pil_to_tensor(image).numpy().tobytes()
@@ -411,13 +416,14 @@ def decode(paths, size):
             for old in set(home.glob(f"{place}-*")) - {cache}:
                 old.unlink(missing_ok=True)
             half.replace(cache)
-    except OSError as error:
-        raise AdiosError(f"{error.filename or home}: {error.strerror}; mend that, or set "
-                         "XDG_CACHE_HOME to a folder with room for a cache") from error
+        pixels = torch.from_file(str(cache), shared=True, size=length, dtype=torch.uint8)
+    except (OSError, RuntimeError) as error:  # shared, a file may be larger than the memory
+        raise AdiosError(f"{home}: {one_line(error)}; mend that, or set XDG_CACHE_HOME to a folder "
+                         "with room for a cache") from error
     finally:
         with contextlib.suppress(OSError):  # after a success it has got its name
             half.unlink()
-    return torch.from_file(str(cache), size=length, dtype=torch.uint8).view(-1, 3, size, size)
+    return pixels.view(-1, 3, size, size)
 
 
 def load_data(settings):
@@ -427,9 +433,9 @@ def load_data(settings):
         rng = torch.Generator().manual_seed(settings.seed)
         keep = torch.randperm(len(data.images), generator=rng)[:settings.limit].sort().values
         data.images, data.labels, data.place = data.images[keep], data.labels[keep], "memory"
-    if (data.labels < 0).all():
-        raise AdiosError(f"--limit {settings.limit}: none of these images has a label to judge by; "
-                         "give more")
+    if (data.labels >= 0).sum() < 2:
+        raise AdiosError(f"--limit {settings.limit}: fewer than two of these images have a label "
+                         "to judge by; give more")
     if settings.batch_size > len(data.images) and not settings.evaluate:
         raise AdiosError(f"--batch-size {settings.batch_size}: there are {len(data.images)} "
                          "training images; make the batch smaller")
@@ -1095,9 +1101,9 @@ def object_iou(masks, truth):
 
 def mass_inside(masks, boxes):
     """The share, 0 to 1, of a mask's mass [n, N, H, W] that lies in the object's box, bool
-    [n, H, W]: the largest of each image's masks, mean over images."""
+    [n, H, W]: the largest of each image's masks, mean over the images with a box in sight."""
     shares = (masks * boxes[:, None]).sum((2, 3)) / masks.sum((2, 3)).clamp_min(1e-6)
-    return shares.amax(1).mean().item()
+    return shares.amax(1)[boxes.any(2).any(1)].mean().item()
 
 
 def embedding_spread(z):
@@ -1232,7 +1238,8 @@ def write(path, save):
         raise AdiosError(f"{path} cannot be written ({error.strerror}): make room; a run then goes "
                          "on with --resume from its last checkpoint, which is whole") from error
     finally:
-        half.unlink(missing_ok=True)  # where it has not taken its name
+        with contextlib.suppress(OSError):  # after a success it has got its name
+            half.unlink()
 
 
 def write_json(path, values):
@@ -1242,10 +1249,15 @@ def write_json(path, values):
 
 def read_checkpoint(path):
     """A checkpoint's content; runs no code from it."""
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise AdiosError(f"there is no checkpoint {path}: train first, or name another")
     try:
-        with warnings.catch_warnings(), open(path, "rb") as file:
+        file = open(path, "rb")
+    except OSError as error:
+        raise AdiosError(f"{path} cannot be read ({error.strerror}): mend that, or name another"
+                         ) from error
+    try:
+        with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch wonders at files of other kinds
             state = torch.load(file, map_location="cpu", weights_only=True)
         return {"settings": asdict(Settings(**state["settings"]))} | {
@@ -1316,7 +1328,7 @@ def train_epoch(game, data, epoch, announce):
     order = torch.randperm(len(data.images))
     batches = order[:len(order) // size * size].split(size)
     if RANK:  # other processes, other crops
-        torch.manual_seed(game.settings.seed * 2**20 + epoch + RANK * 2**52)
+        torch.manual_seed(int(torch.randint(2**32, (RANK,))[-1]))
     start, steps, left = time.perf_counter(), [], epochs - epoch + 1
     with tqdm(total=len(batches) * size, unit="img", desc=f"epoch {epoch}/{epochs}",
               leave=epoch == epochs, disable=RANK > 0) as bar:
@@ -1403,9 +1415,13 @@ def train(settings):
     renewed on the way, and results.json and encoder.pt, in the end. Raises AdiosError for what the
     user can mend."""
     device, path = pick_device(settings.device), Path(settings.out) / "checkpoint.pt"
-    if path.exists() and not (settings.resume or settings.overwrite):
-        raise AdiosError(f"--out {settings.out} holds a run already: give --resume to go on with "
-                         "it, --overwrite to replace it, or another --out")
+
+    def spare():
+        if os.path.exists(path) and not (settings.resume or settings.overwrite):
+            raise AdiosError(f"--out {settings.out} holds a run already: give --resume to go on "
+                             "with it, --overwrite to replace it, or another --out")
+
+    spare()
     if settings.batch_size % WORLD or settings.batch_size < 2 * WORLD:
         raise AdiosError(f"--batch-size {settings.batch_size}: give a multiple of {WORLD}, the "
                          f"number of processes, from {2 * WORLD} up")
@@ -1428,9 +1444,15 @@ def train(settings):
             train_epoch(game, data, epoch, False)
         return None
     with run_folder(settings) as out:
+        spare()  # a run that came and went while this one read its data
         if not state:
-            for name in ("log.csv", "results.json", "encoder.pt", "masks.png", "curves.png"):
-                (out / name).unlink(missing_ok=True)  # of the run that is overwritten
+            for name in ("log.csv", "results.json", "encoder.pt", "masks.png", "curves.png",
+                         "evaluation.json"):  # of the run that is overwritten
+                try:
+                    (out / name).unlink(missing_ok=True)
+                except OSError as error:
+                    raise AdiosError(f"{out / name} cannot be removed ({error.strerror}): mend "
+                                     "that, or name another --out") from error
             save_checkpoint(path, game, log, seconds)
         try:
             log, seconds = play_epochs(game, data, out, log, seconds)
@@ -1482,8 +1504,9 @@ def finetune(game, data):
         batches = rows[torch.randperm(len(rows))].split(size)[:len(rows) // size]
         for i, batch in enumerate(batches):
             images, labels = (part[batch].to(game.device) for part in (data.images, data.labels))
+            view = game.normalise(augment(images, settings))
             with game.autocast():
-                scores = player.network(game.normalise(augment(images, settings)))
+                scores = player.network(view)
             tuned.descend(F.cross_entropy(scores.float(), labels),
                           (player, (epoch + i / len(batches)) / settings.epochs))
     return layer(features(tuned, data.test_images)).detach()
@@ -1540,6 +1563,8 @@ def evaluate(settings):
         restore([game.occluder], state["parts"][2:])
         results["mass_in_box"] = mass_inside(masks_on(game, data.test_images), boxes)
     restore([game.model], state["parts"])
+    with run_folder(settings):
+        pass  # where it is in use or read-only, that is better said before the work
     bank, labels = labelled_features(game, data)
     found, truth = features(game, data.test_images), data.test_labels
     probe = linear_probe(bank, labels, len(data.classes))
@@ -1548,6 +1573,7 @@ def evaluate(settings):
         scores["finetuned"] = finetune(game, data)
     results |= {f"{name}_top{k}": top(score, truth, k) for name, score in scores.items()
                 for k in ((1, 5) if len(data.classes) > 10 else (1,))}
+    torch.manual_seed(settings.seed)  # the same clusters with and without fine-tuning
     results |= cluster_metrics(k_means(found, len(data.classes)), truth)
     for name, (images, answers) in data.backgrounds.items():
         results[f"linear_{name}"] = top(probe(features(game, images)), answers)
@@ -1671,10 +1697,13 @@ def parse(argv=None):
         parser.add_argument(flag(f.name), **kind, help=f.metadata["help"]
                             + (f" [{default}]" if default not in ("", False) else ""))
     given = vars(parser.parse_args(argv))
-    if given.get("evaluate"):
+    if given.get("evaluate") == "":
+        raise AdiosError("--evaluate is empty: give it a checkpoint")
+    if "evaluate" in given:
         path = Path(given["evaluate"])
         was = read_checkpoint(path)["settings"]
-        for name in ("image_size", "ssl", "encoder", "width", "small_stem"):
+        for name in ("image_size", "ssl", "encoder", "width", "small_stem", "masks", "num_masks",
+                     "occluder_width"):
             if given.get(name, was[name]) != was[name]:
                 raise AdiosError(f"{flag(name)} {given[name]}: the checkpoint has {was[name]}; "
                                  "leave it out")

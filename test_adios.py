@@ -1019,8 +1019,59 @@ def test_learned_masks_are_judged_by_boxes(tmp_path, refused):
     adios.main(["--evaluate", "o/checkpoint.pt"])
     found = json.loads((tmp_path / "o/evaluation.json").read_text())
     assert 0 < found["mass_in_box"] < 0.9 and found["mass_in_box"] != found["mass_in_box_untrained"]
+    for box in ("5,0,0,5", "0,nan,5,5", "400,0,500,5", "0,-9,5,-1"):
+        write_boxes(tmp_path / "d", box)
+        refused("--evaluate", "o/checkpoint.pt", says="is in its box")
     (tmp_path / "d/boxes.csv").write_text("split,class,file\n")
     refused("--evaluate", "o/checkpoint.pt", says="boxes.csv")
+
+
+def test_depths_of_pixels(tmp_path):
+    """Whole numbers of 8 bits in 32 are taken as they are, floating point is refused in words."""
+    Image.fromarray(np.full((32, 32), 100, np.int32)).save(tmp_path / "a.tif")
+    assert set(adios.read_image(tmp_path / "a.tif", 32)) == {100}
+    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "b.tif")
+    with pytest.raises(adios.AdiosError, match="b.tif cannot be read .* floating point"):
+        adios.read_image(tmp_path / "b.tif", 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fine_tuning_in_half_precision(monkeypatch, dtype):
+    """Views are made in single precision, whatever the networks compute in."""
+    monkeypatch.setattr(adios, "precision", lambda device: dtype)
+    game = make_game(blur=1.0)
+    scores = adios.finetune(game, adios.load_data(game.settings))
+    assert scores.shape == (1000, 10) and scores.isfinite().all()
+
+
+def test_evaluation_is_of_the_run_that_is_there(refused, whole, monkeypatch):
+    shutil.copytree(whole[0], "o")
+    flags = ["--limit=64", "--epochs=3", "--batch-size=32", "--width=8", "--device=cpu", "--out=o"]
+    assert adios.main(["--evaluate", "o/checkpoint.pt"]) == 0
+    before = json.loads(Path("o/evaluation.json").read_text())
+    refused("--evaluate", "o/checkpoint.pt", "--masks=none", says="the checkpoint has adios-s")
+    refused("--evaluate", "", says="--evaluate is empty")
+    refused("--evaluate", "o/checkpoint.pt", "--limit=1", says="fewer than two")
+    refused("--evaluate", "x" * 300, says="there is no checkpoint")
+    refused("--out", "x" * 300, *flags[:-1], says="cannot be written to")
+    with adios.run_folder(Settings(out="o")):
+        refused("--evaluate", "o/checkpoint.pt", says="in use")
+    assert adios.main(["--evaluate", "o/checkpoint.pt", "--finetune"]) == 0
+    after = json.loads(Path("o/evaluation.json").read_text())
+    assert all(before[name] == after[name] for name in ("nmi", "ari", "fmi", "linear_top1"))
+    assert adios.main([*flags, "--overwrite"]) == 0
+    assert not Path("o/evaluation.json").exists()
+
+    load, elsewhere = adios.load_data, whole[0] / "checkpoint.pt"
+
+    def slowly(settings):  # and meanwhile another run comes and goes
+        Path("p").mkdir()
+        shutil.copy(elsewhere, "p")
+        return load(settings)
+
+    monkeypatch.setattr(adios, "load_data", slowly)
+    assert adios.main([*flags[:-1], "--out=p"]) == 2
+    assert Path("p/checkpoint.pt").read_bytes() == elsewhere.read_bytes()
 
 
 def test_flowers102_is_read(monkeypatch, tmp_path):
@@ -1099,6 +1150,22 @@ def torchrun(*arguments):
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def test_each_process_draws_crops_of_its_own(monkeypatch):
+    game, drawn = make_game(), []
+    data = adios.load_data(game.settings)
+
+    def play(*_):
+        drawn.append(torch.rand(1).item())
+        return torch.zeros(4)
+
+    monkeypatch.setattr(adios.Game, "play", play)
+    monkeypatch.setattr(adios, "WORLD", 4)
+    for rank in range(4):
+        monkeypatch.setattr(adios, "RANK", rank)
+        adios.train_epoch(game, data, 1, False)
+    assert len(drawn) == len(set(drawn)) == 16
 
 
 @pytest.mark.parametrize("ssl", adios.OBJECTIVES)
@@ -1626,7 +1693,7 @@ ANY = dict(
     small_stem=[True, False], batch_size=[1, 2, 7, 16, 25], limit=[12, 24], lr=[0, 1e-9, 1e-3],
     occluder_lr=[0, 1e-3], sparsity=[-1, 0, 0.1, 1000], occluder_share=[0, 0.001, 0.5, 1],
     temperature=[0.001, 0.2, 1000], min_crop=[0, 0.001, 0.5, 1], jitter=[0, 0.5, 1.25, 2],
-    blur=[0, 1], weight_decay=[0, 1e-4], seed=[0, 2**31], epochs=[1])
+    blur=[0, 1], weight_decay=[0, 1e-4], seed=[0, 2**12 - 1], epochs=[1])
 
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[
