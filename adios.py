@@ -74,11 +74,11 @@ from tqdm.contrib.concurrent import thread_map
 
 
 def mlp(*sizes, norm=True):
-    """Linear layers of these sizes with batch norm (unless not `norm`) and ReLU between them."""
-    layers = []
-    for inner, outer in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(inner, outer), *[nn.BatchNorm1d(outer)] * norm, nn.ReLU()]
-    return nn.Sequential(*layers[:-1 - norm])
+    """[B, first size] to [B, last]: linear layers, between them batch norm (if `norm`) and ReLU."""
+    layers, norm = [], nn.BatchNorm1d if norm else nn.Identity
+    for inner, outer in zip(sizes, sizes[1:-1]):
+        layers += [nn.Linear(inner, outer), norm(outer), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
 
 
 def conv_block(inner, outer):
@@ -104,9 +104,10 @@ class Occluder(nn.Module):
         super().__init__()
         depth = int(math.log2(image_size) - 1)
         channels = [width] * (depth - 3) + [2 * width] * 3
-        self.down = nn.ModuleList(map(conv_block, [3, *channels], channels))
-        self.up = nn.ModuleList(map(conv_block, [2 * inner for inner in channels[::-1]],
-                                    [*channels[-2::-1], width]))
+        self.down = nn.ModuleList(conv_block(inner, outer) for inner, outer in
+                                  zip([3, *channels], channels))
+        self.up = nn.ModuleList(conv_block(2 * inner, outer) for inner, outer in
+                                zip(channels[::-1], [*channels[-2::-1], width]))
         flat = channels[-1] * math.ceil(image_size / 2**(depth - 1))**2
         self.mlp = mlp(flat, 128, 128, flat, norm=False).append(nn.ReLU())
         self.to_masks = nn.Conv2d(width, num_masks, 1)
@@ -114,7 +115,7 @@ class Occluder(nn.Module):
     def forward(self, x):
         skips = []
         for block in self.down:
-            x = block(x[:, :, ::2, ::2] if skips else x)
+            x = block(x[:, :, ::2, ::2] if skips else x)  # nearest-neighbour downsampling
             skips.append(x)
         x = self.mlp(x.flatten(1)).view(x.shape)  # sees the whole image at once
         for block, skip in zip(self.up, skips[::-1]):
@@ -132,14 +133,15 @@ def sparsity_penalty(masks):
 
 # ---- The objectives ------------------------------------------------------------------------------
 # The loss that both play over: how far two views are apart. SimCLR contrasts with the other images;
-# BYOL and SimSiam let a predictor guess the other view's embedding, which gets no gradient.
+# BYOL and SimSiam let a predictor guess the other view's embedding, which gets no gradient: the
+# occluder learns from the term in which the masked view predicts.
 
 
 class Embedding(NamedTuple):
     """A view as the loss sees it, [B, D] each."""
 
-    p: Tensor  # prediction; SimCLR, which has no predictor, has z here
-    z: Tensor  # target: the projection, for BYOL the moving-average network's
+    prediction: Tensor  # SimCLR, which has no predictor, has the projection here, too
+    target: Tensor      # the projection, for BYOL the moving-average network's
 
 
 def nt_xent(z_a, z_b, temperature):
@@ -163,9 +165,10 @@ def byol_loss(p, z):
 
 
 OBJECTIVES = {  # the embeddings of two views to a scalar
-    "simclr": lambda a, b, temperature: nt_xent(a.z, b.z, temperature),
-    "byol": lambda a, b, temperature: byol_loss(a.p, b.z) + byol_loss(b.p, a.z),
-    "simsiam": lambda a, b, temperature: (simsiam_loss(a.p, b.z) + simsiam_loss(b.p, a.z)) / 2}
+    "simclr": lambda a, b, temperature: nt_xent(a.target, b.target, temperature),
+    "byol": lambda a, b, _: (byol_loss(a.prediction, b.target) + byol_loss(b.prediction, a.target)),
+    "simsiam": lambda a, b, _: (simsiam_loss(a.prediction, b.target)
+                                + simsiam_loss(b.prediction, a.target)) / 2}
 
 
 class Siamese(nn.Module):
@@ -184,15 +187,15 @@ class Siamese(nn.Module):
             self.predictor = mlp(256, 4 * hidden, 256)
             self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector))
             self.target.requires_grad_(False)
-        else:
+        elif settings.ssl == "simsiam":
             self.projector = mlp(self.dim, hidden, hidden, hidden)
             self.projector.append(nn.BatchNorm1d(hidden, affine=False))
             self.predictor = mlp(hidden, hidden // 4, hidden)
 
     def forward(self, view):
-        z = self.projector(self.encoder(view))
-        p = self.predictor(z) if self.predictor else z
-        return Embedding(p, self.target(view.detach()) if self.target else z)
+        projection = self.projector(self.encoder(view))
+        prediction = self.predictor(projection) if self.predictor else projection
+        return Embedding(prediction, self.target(view.detach()) if self.target else projection)
 
     @torch.no_grad()
     def update_target(self, rate):
@@ -203,8 +206,8 @@ class Siamese(nn.Module):
 
 
 # ---- Masking schemes -----------------------------------------------------------------------------
-# What is hidden of a view [B, 3, H, H]: K masks, [B, K, H, H] in [0, 1], compared one by one. K is
-# N for `adios` and else 1.
+# What is hidden of a view [B, 3, H, H]: K masks, [B, K, H, H] in [0, 1], over which the loss is
+# averaged. K is N for `adios` and else 1.
 
 
 def hide_patches(view):
@@ -237,7 +240,8 @@ def pick_one(masks):
     return masks.take_along_dim(index, 1)
 
 
-SCHEMES = {  # of a view, the occluder's masks [B, N, H, H] or None, the object's mask [B, 1, H, H]
+# From a view, the occluder's masks [B, N, H, H] or None, and the object's mask [B, 1, H, H].
+SCHEMES = {
     "none": lambda view, masks, truth: torch.zeros_like(view[:, :1]),
     "mae": lambda view, masks, truth: hide_patches(view),
     "beit": lambda view, masks, truth: hide_blocks(view),
@@ -260,7 +264,7 @@ class Game:
         its gain L − λp."""
         (view_a, view_b), (truth_a, truth_b) = self.two_views(images)
         pairs = [(view_a, view_b, truth_b)]  # an unmasked view, one to mask, the object in that
-        if self.settings.ssl == "simsiam":   # masks either view in turn
+        if self.settings.ssl == "simsiam":   # in the paper it masks either view in turn
             pairs.append((view_b, view_a, truth_a))
         with torch.set_grad_enabled(occluder_learns):
             painted = [self.paint(view) for _, view, _ in pairs]             # [B, N, H, H] each
@@ -269,7 +273,8 @@ class Game:
         report = {}
 
         if occluder_learns and self.settings.updates == "simultaneous":
-            # Both moves by one backward pass: the gradient changes sign where it meets the masks.
+            # Both moves by one backward pass. Gradient reversal: the value is the mask's, its
+            # gradient −1, so that one step down moves the encoder down and the occluder up on L.
             loss, _ = self.loss(pairs, [2 * mask.detach() - mask for mask in masks])
             penalty = self.penalty(painted)
             self.minimise(loss + penalty, self.model_optimizer, self.occluder_optimizer)
@@ -282,7 +287,8 @@ class Game:
             self.model.update_target(self.target_rate)
 
             # The occluder's move: up on the same loss less its penalty, hence the sign. The
-            # gradient reaches its masks through an encoder that is held still.
+            # gradient reaches its masks through an encoder that is held still. The masked views
+            # are encoded anew, the unmasked ones are as before the encoder's move.
             if occluder_learns:
                 with frozen(self.model):
                     loss_after, _ = self.loss(pairs, masks, unmasked)
@@ -303,7 +309,8 @@ class Game:
         losses = [objective(embedding, self.embed(view * (1 - mask)), temperature)
                   for embedding, (_, view, _), masks_of_view in zip(unmasked, pairs, masks)
                   for mask in masks_of_view.to(view.dtype).split(1, 1)]
-        return torch.stack(losses).mean(), [Embedding(p.detach(), z.detach()) for p, z in unmasked]
+        constants = [Embedding(*(part.detach() for part in parts)) for parts in unmasked]
+        return torch.stack(losses).mean(), constants
 
     def penalty(self, painted):
         """λp, a scalar: the mean over all of the N masks of all processes' images."""
@@ -316,11 +323,13 @@ class Game:
             optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         for optimizer in optimizers:
-            sum_gradients(optimizer)
+            for p in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
+                if WORLD > 1 and p.grad is not None:
+                    dist.all_reduce(p.grad)  # the sum over all processes
             self.scaler.step(optimizer)
         self.scaler.update()
 
-    def __init__(self, settings, mean, std, device):
+    def __init__(self, settings, mean, std, device):  # what the methods above use
         self.settings, self.device, self.dtype = settings, device, precision(device)
         self.learned = settings.masks in LEARNED
         self.mean, self.std = mean.to(device), std.to(device)
@@ -328,6 +337,7 @@ class Game:
         if WORLD > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.occluder = Occluder(settings.image_size, settings.num_masks, settings.occluder_width)
+        # Where torch has no group norm for channels-last memory, each block would turn it back.
         probe = torch.empty(1, 8, 2, 2, device=device).to(memory_format=torch.channels_last)
         kept = F.group_norm(probe, 8).is_contiguous(memory_format=torch.channels_last)
         self.occluder_format = torch.channels_last if kept else torch.contiguous_format
@@ -337,11 +347,11 @@ class Game:
         self.occluder_optimizer = make_optimizer(self.occluder, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.target_rate = torch.zeros((), device=device)
-        fits = device.type == "cuda" and self.dtype == torch.bfloat16 and WORLD == 1
-        self.play_step = CapturedStep(self) if fits and settings.cuda_graph else self.step
+        can_capture = device.type == "cuda" and self.dtype == torch.bfloat16 and WORLD == 1
+        self.play_step = CapturedStep(self) if can_capture and settings.cuda_graph else self.step
 
     def play(self, images, progress):
-        """A step at `progress`, 0 to 1, of the run."""
+        """A step at `progress`, 0 to 1, of the run; returns what `step` does."""
         share = self.settings.occluder_share
         set_rate(self.model_optimizer, self.settings.lr, progress)
         set_rate(self.occluder_optimizer, self.settings.occluder_lr, min(1, progress / share))
@@ -403,10 +413,10 @@ def frozen(model):
 
 class CapturedStep:
     """Game.step as a CUDA graph. A GPU runs a step's thousands of small kernels faster than Python
-    names them. A graph records them once and replays them at one call: the same kernels on the same
-    memory. So images are copied to where the recorded ones were, results from where they come out,
-    rates are tensors, and nothing in a step may depend on a number that the host reads. Random
-    numbers are new each time, since a replay moves the GPU's generator on."""
+    launches them. A graph records them once and replays them at one call: the same kernels on the
+    same memory. So images are copied to where the recorded ones were and results from where they
+    come out, rates are tensors, and nothing in a step may depend on a number that the host reads.
+    Random numbers are new each time, since a replay moves the GPU's generator on."""
 
     def __init__(self, game):
         self.game, self.learns, self.stream = game, None, torch.cuda.Stream(game.device)
@@ -433,7 +443,7 @@ class CapturedStep:
 
 
 def make_optimizer(network, settings):
-    """AdamW for what can be trained, with weight decay on matrices and kernels only."""
+    """AdamW for what can be trained, without weight decay of biases and norms."""
     trained = [p for p in network.parameters() if p.requires_grad]
     on_gpu = trained[0].is_cuda
     return torch.optim.AdamW([
@@ -469,19 +479,12 @@ RANK, WORLD = int(PROCESS.get("RANK", 0)), int(PROCESS.get("WORLD_SIZE", 1))
 
 def gather(rows):
     """The rows of all processes, in their order. Gradients reach this process's own rows: the loss
-    is the same in all of them, and `sum_gradients` adds up what each finds for its share."""
+    is the same in all of them, and `Game.minimise` adds up what each computes for its share."""
     if WORLD == 1:
         return rows
     parts = [torch.empty_like(rows, requires_grad=False) for _ in range(WORLD)]
     dist.all_gather(parts, rows.detach().contiguous())
     return torch.cat([*parts[:RANK], rows, *parts[RANK + 1:]])
-
-
-def sum_gradients(optimizer):
-    """Add up the gradients of all processes."""
-    for p in [p for group in optimizer.param_groups for p in group["params"]] if WORLD > 1 else []:
-        if p.grad is not None:
-            dist.all_reduce(p.grad)
 
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -535,7 +538,7 @@ class Settings:
     occluder_width: int = option("channels c of the occluder, a multiple of 8", None, 8, 1024)
     epochs: int = option("passes over the training images", None, 1, 10**6)
     batch_size: int = option("images a step, of all processes together", None, 2, 10**6)
-    lr: float = option("peak learning rate of the encoder, see LOWER_LR, too", None, 1e-9, 10)
+    lr: float = option("peak learning rate of the encoder (or the method's)", None, 1e-9, 10)
     occluder_lr: float = option("peak learning rate of the occluder", None, 0, 10)
     occluder_share: float = option("share of the run in which the occluder learns", None, 1e-3, 1)
     weight_decay: float = option("of both networks, biases and norms excepted", 1e-4, 0, 10)
@@ -685,7 +688,8 @@ def crop_and_flip(images, boxes, flip):
 
 
 def shift_hue_(images, shift):
-    """Turn the hue of RGB images [B, 3, H, W] by shift [B, 1, 1], −1 to 1 turns, by HSV, in place."""
+    """Turn the hue of RGB images [B, 3, H, W] by shift [B, 1, 1], −1 to 1 turns, by HSV, in place.
+    A channel is value − chroma · clamp(its wave, 0, 1), a wave a zigzag of the hue from 0 to 6."""
     red, green, blue = images.unbind(1)
     value = images.amax(1)  # [B, H, W]
     chroma = value - images.amin(1)
@@ -792,7 +796,7 @@ INSIDE = {
 def draw_shapes(count, size, seed):
     """Labels int64 [n], object colours uint8 [n, 3, 1, 1], the objects' coverage of each pixel,
     float64 [n, 1, H, W] in [0, 1], and backgrounds uint8 [n, 3, H, W]. The same for a seed on every
-    machine: the generator is the CPU's, and float64 arithmetic ends in 8 bits."""
+    machine: the generator is the CPU's, and float64 is rounded to 8 bits in the end."""
     rng = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
@@ -883,7 +887,7 @@ CHALLENGE = "original mixed_same mixed_rand mixed_next only_fg no_fg only_bg_b o
 def load_files(settings):
     """Data of what torchvision downloads, or of a `folder`: train/<class>/ and val/<class>/ and, if
     these are there, <part of the challenge>/<class>/ (or …/val/<class>/)."""
-    root, (kind, train, val, its_labels) = Path(settings.data_dir), FILES[settings.dataset]
+    root, (kind, train, val, labels_name) = Path(settings.data_dir), FILES[settings.dataset]
     try:
         splits = {"train": kind(root, train, download=True), "val": kind(root, val, download=True)}
         classes = splits["train"].classes
@@ -902,7 +906,7 @@ def load_files(settings):
         count = settings.limit if split == "train" and settings.limit else len(data)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed))
         rows = order[:count].sort().values
-        labels.append(torch.as_tensor(getattr(data, its_labels))[rows].long())
+        labels.append(torch.as_tensor(getattr(data, labels_name))[rows].long())
         chosen += [(data, i) for i in rows.tolist()]
         if hasattr(data, "data"):  # an array: STL10's is [n, 3, H, W], CIFAR's [n, H, W, 3]
             array = torch.from_numpy(data.data)[rows]
@@ -945,8 +949,9 @@ def load_data(settings, device):
     where it cannot be had."""
     data = (load_shapes if settings.dataset == "shapes" else load_files)(settings)
     count, size = len(data.labels), data.images.nbytes + data.test_images.nbytes
-    kinds = len(data.labels[data.labels >= 0].unique())
-    require(kinds > 1, f"--limit {settings.limit}: the labelled images are of one class; give more")
+    labelled_classes = len(data.labels[data.labels >= 0].unique())
+    require(labelled_classes > 1,
+            f"--limit {settings.limit}: the labelled images are of one class; give more")
     enough = settings.batch_size <= count or settings.evaluate
     require(enough, f"--batch-size {settings.batch_size}: give {count}, all images, or less")
     if device.type != "cuda" or size < torch.cuda.mem_get_info(device)[0] / 2:
@@ -1257,8 +1262,9 @@ def train_epoch(game, data, epoch, bar):
             pending.clear()
             values = ", ".join(f"{name} {value:.2f}" for name, value in steps[-1].items())
             bar.set_postfix_str(f"epoch {epoch}/{epochs}, {values}")
-    for name, network in (("area", game.occluder), ("loss", game.model)):
-        check_finite(epoch * count, {name: sum(p.sum() for p in network.parameters()).item()})
+    occluder, model = (sum(p.sum() for p in network.parameters()).item()
+                       for network in (game.occluder, game.model))  # after the last update, too
+    check_finite(epoch * count, {"area": occluder, "loss": model})
     row = {name: torch.tensor([step[name] for step in steps if name in step]).mean().item()
            for name in {**steps[-1], **steps[0]}}  # the occluder may have learned in some only
     speed = count * size / (time.perf_counter() - start)
@@ -1470,7 +1476,7 @@ def bench(settings):
         seconds = times[name].median().item()
         results |= {f"{name}, ms": 1000 * seconds, f"{name}, images/s": len(images) / seconds}
     if device.type == "cuda":
-        results["peak memory, MB"] = torch.cuda.max_memory_allocated(device) / 1e6
+        results["peak memory of these games, MB"] = torch.cuda.max_memory_allocated(device) / 1e6
     print("\n".join(f"{name:32}{value:10.2f}" for name, value in results.items()))
     return results
 
@@ -1501,7 +1507,7 @@ def parse(argv=None):
             require(not fixed, f"{flag(name)}: the checkpoint has {saved.get(name)}; leave it out")
         inherited = saved | dict(device="auto", resume=False, overwrite=False, out=str(home))
         dataset = given.get("dataset", saved["dataset"])
-        if "dataset" in other or dataset == "folder" and "data_dir" in other:
+        if "dataset" in other or (dataset == "folder" and "data_dir" in other):
             inherited |= dict(limit=0, data_dir=Settings.data_dir, out=str(home / dataset))
         given = inherited | given
     return Settings(**given)

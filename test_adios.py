@@ -129,14 +129,15 @@ def test_nt_xent_is_the_written_out_sum():
 def test_predicted_losses_are_the_written_out_ones_and_stop_at_the_target():
     a, b = (adios.Embedding(*torch.randn(2, 6, 9).requires_grad_().unbind()) for _ in "AB")
     cosine = [sum(sum(x * y for x, y in zip(p, z)) / math.hypot(*p) / math.hypot(*z) / 6
-                  for p, z in zip(p.tolist(), z.tolist())) for p, z in ((a.p, b.z), (b.p, a.z))]
-    assert adios.simsiam_loss(a.p, b.z).item() == approx(-cosine[0], abs=1e-5)
-    assert adios.byol_loss(a.p, b.z).item() == approx(2 - 2 * cosine[0], abs=1e-5)
+                  for p, z in zip(p.tolist(), z.tolist()))
+              for p, z in ((a.prediction, b.target), (b.prediction, a.target))]
+    assert adios.simsiam_loss(a.prediction, b.target).item() == approx(-cosine[0], abs=1e-5)
+    assert adios.byol_loss(a.prediction, b.target).item() == approx(2 - 2 * cosine[0], abs=1e-5)
     for ssl, expected in (("simsiam", -sum(cosine) / 2), ("byol", 4 - 2 * sum(cosine))):
         loss = adios.OBJECTIVES[ssl](a, b, 0.3)
-        p, z = torch.autograd.grad(loss, (a.p, a.z), allow_unused=True)
+        p, z = torch.autograd.grad(loss, (a.prediction, a.target), allow_unused=True)
         assert loss.item() == approx(expected, abs=1e-5) and z is None and p.abs().sum() > 0
-    assert torch.equal(adios.OBJECTIVES["simclr"](a, b, 0.3), adios.nt_xent(a.z, b.z, 0.3))
+    assert torch.equal(adios.OBJECTIVES["simclr"](a, b, 0.3), adios.nt_xent(a.target, b.target, 0.3))
 
 def test_sparsity_penalty_is_its_formula_and_finite_at_both_ends():
     masks = torch.rand(4, 3, 8, 8).softmax(1)
