@@ -27,8 +27,7 @@ gains by hiding what the encoder relies on, so its masks come to follow objects.
 
     python adios.py                                        # drawn shapes, minutes on a laptop
     python adios.py --dataset stl10                        # the real thing, on a GPU
-    python adios.py --evaluate runs/…/checkpoint.pt        # linear probe, clustering, transfer …
-    python adios.py --help                                 # every setting
+    python adios.py --evaluate runs/…/checkpoint.pt        # --help lists all settings
 
 Part one is the paper: occluder, objectives, masking schemes and the game. Part two is what it takes
 to play, from optimizers and settings to training, evaluation and the command line.
@@ -38,7 +37,6 @@ import sys
 
 if sys.version_info < (3, 10):
     sys.exit("adios: error: this needs Python 3.10 or newer")
-
 import argparse
 import contextlib
 import copy
@@ -124,17 +122,15 @@ class Occluder(nn.Module):
 
 
 def sparsity_penalty(masks):
-    """p = 1 / sin(π · mean(m)) of masks [B, N, H, W] in [0, 1]: [B, N], 1 for a mask over half of
-    the image and ever larger towards none or all of it (paper, section 3.3). Areas are moved by up
-    to 1e-5 towards a half, where value and gradient are finite."""
+    """p = 1 / sin(π · mean(m)) of masks [B, N, H, W] in [0, 1]: [B, N], 1 to 3e4 (paper, section
+    3.3). Areas are moved by up to 1e-5 towards a half, where value and gradient are finite."""
     area = 0.5 + (masks.float().mean((2, 3)) - 0.5) * (1 - 2e-5)
     return 1 / torch.sin(math.pi * area)
 
 
 # ---- The objectives ------------------------------------------------------------------------------
-# The loss that both play over: how far two views are apart. SimCLR contrasts with the other images;
-# BYOL and SimSiam let a predictor guess the other view's embedding, which gets no gradient: the
-# occluder learns from the term in which the masked view predicts.
+# The loss L: how far two views are apart. SimCLR contrasts with the other images; BYOL and SimSiam
+# predict the other view's embedding, which gets no gradient.
 
 
 class Embedding(NamedTuple):
@@ -172,8 +168,8 @@ OBJECTIVES = {  # the embeddings of two views to a scalar
 
 
 class Siamese(nn.Module):
-    """An encoder and its heads: views [B, 3, H, H] to an Embedding. The heads are as wide as the
-    paper's, or in proportion to thin encoders; what one keeps is `encoder`, [B, dim] features."""
+    """An encoder, [B, dim] features, and its heads: views [B, 3, H, H] to an Embedding. The heads
+    are as wide as the paper's, or in proportion to thin encoders."""
 
     def __init__(self, settings):
         super().__init__()
@@ -259,9 +255,8 @@ class Game:
     """The two players, `model` (encoder and heads) and `occluder`, and a step of their game."""
 
     def step(self, images, occluder_learns):
-        """Both moves on uint8 images [B, C, H, H], whose channels beyond three are object masks.
-        Returns scalars by name: the loss L, the area of each mask and, where the occluder learns,
-        its gain L − λp."""
+        """Both moves on uint8 images [B, C, H, H], object masks beyond channel three. Returns by
+        name the loss L, the area of each mask and, where the occluder learns, its gain L − λp."""
         (view_a, view_b), (truth_a, truth_b) = self.two_views(images)
         pairs = [(view_a, view_b, truth_b)]  # an unmasked view, one to mask, the object in that
         if self.settings.ssl == "simsiam":   # in the paper it masks either view in turn
@@ -301,9 +296,8 @@ class Game:
         return report | {f"area_{n + 1}": area / len(pairs) for n, area in enumerate(areas)}
 
     def loss(self, pairs, masks, unmasked=None):
-        """L, a scalar: the mean over all pairs and their masks. The unmasked views are encoded once
-        for all masks, and not at all where their Embeddings are given. Returns these without
-        gradients, too."""
+        """L, a scalar: the mean over all pairs and masks; and the unmasked views' Embeddings as
+        constants. They are computed once for all masks, or not at all where they are given."""
         objective, temperature = OBJECTIVES[self.settings.ssl], self.settings.temperature
         unmasked = unmasked or [self.embed(view) for view, _, _ in pairs]
         losses = [objective(embedding, self.embed(view * (1 - mask)), temperature)
@@ -359,8 +353,8 @@ class Game:
         return self.play_step(images, self.learned and progress < share)
 
     def two_views(self, images):
-        """Two random views of uint8 images [B, C, H, H], normalised [B, 3, H, H], and the further
-        channels as the same crops show them, [B, C − 3, H, H]."""
+        """Two random views of uint8 images [B, C, H, H]: normalised colours [B, 3, H, H], and the
+        same crops of what further channels there are, [B, C − 3, H, H]."""
         views = augment(torch.cat((images, images)), self.settings)
         return self.normalise(views[:, :3]).chunk(2), views[:, 3:].chunk(2)
 
@@ -380,9 +374,8 @@ class Game:
         return Embedding(*(gather(part.float()) for part in embedding))
 
     def paint(self, view):
-        """The occluder's masks on a view, float32 [B, N, H, H]; None where the scheme has none. All
-        but the softmax is in the view's precision: autocast would take norms and resizing through
-        float32, and on a GPU an occluder takes the time that it takes to move its bytes."""
+        """The occluder's masks on a view, float32 [B, N, H, H]; None where the scheme has none.
+        Norms, too, are in the view's precision: a U-Net keeps a GPU waiting for its bytes."""
         if not self.learned:
             return None
         weights = {name: p.to(view.dtype) for name, p in self.occluder.named_parameters()}
@@ -394,16 +387,16 @@ class Game:
 def frozen(model):
     """Let gradients through a model but none into it: its weights and its batch norms' running
     statistics stay as they are (batches are still normalised by their own statistics)."""
-    held = [(p, "requires_grad") for p in model.parameters() if p.requires_grad]
-    held += [(m, "track_running_stats") for m in model.modules()
-             if getattr(m, "track_running_stats", False)]
+    held = [(p, "requires_grad") for p in model.parameters()]
+    held += [(m, "track_running_stats") for m in model.modules()]
+    held = [(owner, name) for owner, name in held if getattr(owner, name, False)]
     try:
-        for owner, attribute in held:
-            setattr(owner, attribute, False)
+        for owner, name in held:
+            setattr(owner, name, False)
         yield
     finally:
-        for owner, attribute in held:
-            setattr(owner, attribute, True)
+        for owner, name in held:
+            setattr(owner, name, True)
 
 
 # ==== Part two: what it takes to play =============================================================
