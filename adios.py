@@ -57,7 +57,7 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
@@ -485,8 +485,8 @@ def gather(rows):
 # it gives no default (None), the data set does.
 
 SHAPES = dict(image_size=32, width=16, small_stem=False, occluder_width=8, num_masks=2, lr=8e-3,
-              occluder_lr=2e-3, occluder_share=0.2, sparsity=0.2, epochs=50, batch_size=128,
-              min_crop=0.3, jitter=0.2, blur=0.0)
+              occluder_lr=2e-3, occluder_share=1.0, sparsity=0.2, epochs=20, batch_size=128,
+              min_crop=0.3, jitter=0.5, blur=0.0)
 CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_masks=4, lr=2e-3,
              occluder_lr=1e-3, occluder_share=1.0, sparsity=0.1, epochs=100, batch_size=256,
              min_crop=0.08, jitter=0.5, blur=0.0)
@@ -496,7 +496,7 @@ FOLDER = FLOWERS | dict(image_size=64, width=24, occluder_width=8, num_masks=4, 
                         epochs=20)
 PRESETS = {"shapes": SHAPES, "stl10": STL10, "cifar10": CIFAR, "cifar100": CIFAR,
            "flowers102": FLOWERS, "folder": FOLDER}
-LOWER_LR = {"vit_tiny": 5e-4, "byol": 1e-3, "simsiam": 1e-3}  # instead of the data set's
+LOWER_LR = {"vit_tiny": 5e-4, "byol": 2e-3, "simsiam": 2e-3}  # instead of the data set's
 
 
 class AdiosError(ValueError):
@@ -786,38 +786,63 @@ INSIDE = {
     "corner": lambda x, y: (x.abs().maximum(y.abs()) < 1.1) & (x.minimum(y) < -0.2)}
 
 
+def two_tones(hue, value, step, darkest, *saturations):
+    """Colours of one hue, `step` apart in value (the other way where that would leave `darkest` to
+    1): float64 [2, n, 3, 1, 1] from 0 to 255. All arguments from 0 to 1, [n] but `darkest`."""
+    outside = (value + step < darkest) | (value + step > 1)
+    other = (value + torch.where(outside, -step, step)).clamp(darkest - 0.05, 1)
+    hsv = [torch.stack((hue % 1, saturation, value), 1).numpy()
+           for saturation, value in zip(saturations, (value, other))]
+    return 255 * torch.from_numpy(hsv_to_rgb(hsv))[..., None, None]
+
+
 def draw_shapes(count, size, seed):
-    """Labels int64 [n], object colours uint8 [n, 3, 1, 1], the objects' coverage of each pixel,
-    float64 [n, 1, H, W] in [0, 1], and backgrounds uint8 [n, 3, H, W]. The same for a seed on every
-    machine: the generator is the CPU's, and float64 is rounded to 8 bits in the end."""
-    rng = torch.Generator().manual_seed(seed)
+    """Labels int64 [n], striped objects uint8 [n, 3, H, W], their coverage of each pixel, float64
+    [n, 1, H, W] in [0, 1], and backgrounds uint8 [n, 3, H, W], lit on one side of a line and shaded
+    on the other. The same for a seed on every machine: the generator is the CPU's, and float64 is
+    rounded to 8 bits in the end."""
+    rng, classes = torch.Generator().manual_seed(seed), len(INSIDE)
 
     def draw(low, high):
         return low + (high - low) * torch.rand(count, generator=rng, dtype=torch.float64)
 
-    def colours(hue, saturation, value):
-        rgb = hsv_to_rgb(torch.stack((hue % 1, saturation, value), 1).numpy())
-        return (255 * torch.from_numpy(rgb)).round()[:, :, None, None]
+    def either(low, high):  # of either sign
+        return draw(low, high) * torch.where(draw(0, 1) < 0.5, 1, -1)
 
-    labels = torch.arange(count) % len(INSIDE)
-    turn, radius = draw(0, 2 * math.pi), size * draw(0.30, 0.37)
-    centre_x, centre_y = size * draw(0.4, 0.6), size * draw(0.4, 0.6)
-    deep = draw(0, 1) < 0.5  # objects are deep or pale, backgrounds in between
-    objects = colours(draw(0, 1), torch.where(deep, draw(0.6, 1), draw(0, 0.35)),
-                      torch.where(deep, draw(0.1, 0.4), draw(0.9, 1)))
-    tells = draw(0, 1) < 0.9  # whether the background's hue goes with the class
-    hue = torch.where(tells, labels, (draw(0, 1) * len(INSIDE)).long()) / len(INSIDE)
-    backgrounds = colours(hue + draw(-0.02, 0.02), draw(0.5, 0.6), draw(0.65, 0.75))
+    labels = torch.arange(count) % classes
+    tells = draw(0, 1) < 0.9  # whether the background has its class's hue or another class's
+    hue = torch.where(tells, labels, labels + 1 + draw(0, classes - 1).long()) / classes
+    saturation = draw(0.3, 0.8)
+    grounds = two_tones(hue + draw(-0.02, 0.02), draw(0.35, 0.95), either(0.2, 0.45), 0.25,
+                        saturation, saturation + draw(-0.2, 0.2))
     grain = torch.randint(-10, 11, (count, 1, size, size), generator=rng)
+    noise, saturation = torch.randn(count, generator=rng, dtype=torch.float64), draw(0.4, 1)
+    stripes = two_tones((3 * labels + 5) / classes + 0.03 * noise, draw(0.35, 0.95),
+                        either(0.25, 0.5), 0.2, saturation, saturation)
 
-    points = (torch.arange(2 * size, dtype=torch.float64) + 0.5) / 2  # 2 × 2 samples a pixel
-    cos, sin = turn.cos() / radius, turn.sin() / radius
+    # Lengths are in units of the image's side.
+    turn, stripe_turn, edge_turn = (draw(0, 2 * math.pi) for _ in range(3))
+    radius, centre_x, centre_y = draw(0.30, 0.37), draw(0.4, 0.6), draw(0.4, 0.6)
+    period, phase, edge = draw(0.16, 0.3), draw(0, 1), draw(-0.15, 0.15)
+    points = (torch.arange(2 * size, dtype=torch.float64) + 0.5) / (2 * size)  # 2 × 2 a pixel
+    pixels = (torch.arange(size, dtype=torch.float64) + 0.5) / size
     coverage = torch.empty(count, 1, size, size, dtype=torch.float64)
+    objects = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    backgrounds = torch.empty_like(objects)
+
+    def along(angle, x, y):
+        return angle.cos() * x + angle.sin() * y
+
     for n, inside in zip(range(count), itertools.cycle(INSIDE.values())):
-        x, y = points - centre_x[n], points[:, None] - centre_y[n]  # [2W] and [2H, 1]
-        hit = inside(cos[n] * x + sin[n] * y, cos[n] * y - sin[n] * x)
+        x, y = (points - centre_x[n]) / radius[n], (points[:, None] - centre_y[n]) / radius[n]
+        hit = inside(along(turn[n], x, y), along(turn[n], y, -x))
         coverage[n] = F.avg_pool2d(hit.double()[None], 2)
-    return labels, objects.byte(), coverage, (backgrounds + grain).clamp(0, 255).byte()
+        x, y = pixels - 0.5, pixels[:, None] - 0.5
+        first = (along(stripe_turn[n], x, y) / period[n] + phase[n]) % 1 < 0.5
+        objects[n] = torch.where(first, *stripes[:, n]).round()
+        first = along(edge_turn[n], x, y) < edge[n]
+        backgrounds[n] = (torch.where(first, *grounds[:, n]) + grain[n]).round().clamp(0, 255)
+    return labels, objects, coverage, backgrounds
 
 
 def compose(objects, coverage, backgrounds):
@@ -1071,7 +1096,7 @@ def plot_grid(rows, names, titles=None, colours=None):
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for i, j in itertools.product(range(len(rows)), range(len(rows[0]))):
         colour, axis = colours[i][j] if colours else "black", axes[i][j]
-        image = rows[i][j].expand(3, -1, -1).permute(1, 2, 0).cpu().clamp(0, 1)
+        image = rows[i][j].expand(3, -1, -1).permute(1, 2, 0).cpu().clamp(0, 1).numpy()
         axis.imshow(image, interpolation="nearest")
         axis.set(xticks=[], yticks=[], ylabel="" if j else names[i])
         axis.set_title(titles[i][j] if titles else "", fontsize=8, color=colour)
@@ -1086,6 +1111,28 @@ def plot_masks(images, masks):
     names = ["image", *(f"mask {n + 1}" for n in range(masks.shape[1])), "all masks"]
     frames = ["black", *(COLOURS[n % 8] for n in range(masks.shape[1])), "black"]
     return plot_grid(rows, names, colours=[[frame] * len(images) for frame in frames])
+
+
+def film_frame(images, masks, epoch):
+    """A frame of film.gif, uint8 [3, h, w]: images, uint8 [n, 3, H, W], as tiles of 64 px, below
+    each of them its masks over it, and the epoch."""
+    tiles = F.adaptive_avg_pool2d(torch.cat((images.cpu() / 255, overlay(images, masks))), 64)
+    grid = TF.to_pil_image(torchvision.utils.make_grid(tiles, len(images), pad_value=1))
+    frame = ImageOps.expand(grid, (0, 0, 0, 14), "white")
+    ImageDraw.Draw(frame).text((3, grid.height), f"epoch {epoch}", "black")
+    return TF.pil_to_tensor(frame)
+
+
+def save_film(frames, file):
+    """Write frames as an animated GIF of less than a megabyte, five frames a second."""
+    times = [200] * (len(frames) - 1) + [3000]
+    for colours in (256, 128, 64, 32, 16):
+        content, pages = io.BytesIO(), [TF.to_pil_image(frame).quantize(
+            colours, dither=Image.Dither.NONE) for frame in frames]
+        pages[0].save(content, "gif", save_all=True, append_images=pages[1:], duration=times, loop=0)
+        if content.tell() < 1e6:
+            break
+    file.write(content.getvalue())
 
 
 def plot_neighbours(data, train_rows, train_features, test_features):
@@ -1123,10 +1170,10 @@ def plot_curves(log):
 # A run survives being cut off: no file is left incomplete, and order and crops follow from seed and
 # epoch alone, so that `--resume` goes on as if nothing had happened.
 
-RUN_FILES = ("checkpoint.pt", "log.csv", "masks.png", "curves.png", "results.json", "encoder.pt",
-             "evaluation.json", "neighbours.png")
+RUN_FILES = ("checkpoint.pt", "log.csv", "masks.png", "film.gif", "curves.png", "results.json",
+             "encoder.pt", "evaluation.json", "neighbours.png")
 PARTS = ("model", "model_optimizer", "occluder", "occluder_optimizer", "scaler")
-VERSION = 2  # of checkpoints: what another one wrote cannot be used
+VERSION = 3  # of checkpoints: what another one wrote cannot be used
 
 
 def pick_device(name):
@@ -1172,13 +1219,13 @@ def write(path, save):
         raise AdiosError(f"{path} cannot be written ({error.strerror}): {fix}") from error
 
 
-def save_checkpoint(path, game, log, seconds):
+def save_checkpoint(path, game, log, film, seconds):
     """Write all that a run needs to go on. Optimizers' rates and options come from the settings."""
     state = {name: getattr(game, name).state_dict() for name in PARTS}
     for part in state.values():
         part.pop("param_groups", None)
-    state |= dict(version=VERSION, settings=asdict(game.settings), log=log, seconds=seconds,
-                  mean=game.mean.cpu(), std=game.std.cpu())
+    state |= dict(version=VERSION, settings=asdict(game.settings), log=log, film=film,
+                  seconds=seconds, mean=game.mean.cpu(), std=game.std.cpu())
     write(path, lambda file: torch.save(state, file))
 
 
@@ -1264,12 +1311,15 @@ def train_epoch(game, data, epoch, bar):
     return {"epoch": epoch} | row | {"images_per_second": speed}
 
 
-def play_epochs(game, data, out, log, seconds):
-    """Play what is left of the run after the epochs in `log`, which grows, and the seconds they
-    took. Process 0 computes metrics, draws and saves on the way. Returns the seconds of all."""
+def play_epochs(game, data, out, log, film, seconds):
+    """Play what is left of the run after the epochs in `log` and the frames in `film`, which grow,
+    and the seconds they took. Process 0 computes metrics, draws and saves on the way. Returns the
+    seconds of all."""
     epochs, shown, truth = game.settings.epochs, some(data.test_images), some(data.test_masks)
     size = len(data.images) // game.settings.batch_size * game.settings.batch_size
     masks, warned = predict_masks(game, shown, truth), set()
+    if game.learned and not log:
+        film.append(film_frame(shown[:8], masks[:8], 0))
     with tqdm(total=epochs * size, initial=len(log) * size, unit="img", disable=RANK > 0) as bar:
         for epoch in range(len(log) + 1, epochs + 1):
             start = time.perf_counter()
@@ -1277,24 +1327,29 @@ def play_epochs(game, data, out, log, seconds):
             if RANK:
                 continue
             log.append(row)
+            if game.learned and (epoch % math.ceil(epochs / 39) == 0 or epoch == epochs):
+                film.append(film_frame(shown[:8], predict_masks(game, shown[:8]), epoch))
             if epoch % max(1, min(10, epochs // 4)) == 0 or epoch == epochs:
                 row |= compute_metrics(game, data)
                 before, masks = masks, predict_masks(game, shown, truth)
                 warn(row, (masks - before).abs().mean().item(), warned)
                 write(out / "curves.png", plot_curves(log).savefig)
                 write(out / "masks.png", plot_masks(shown, masks).savefig)
+                if film:
+                    write(out / "film.gif", lambda file: save_film(film, file))
             names = {name: name for row in log for name in row}
             lines = [",".join(str(row.get(name, "")) for name in names) for row in (names, *log)]
             write(out / "log.csv", lambda file: file.write("\n".join([*lines, ""]).encode()))
             seconds += time.perf_counter() - start
-            save_checkpoint(out / "checkpoint.pt", game, log, seconds)
+            save_checkpoint(out / "checkpoint.pt", game, log, film, seconds)
     return seconds
 
 
 def train(settings):
     """Play the whole game; returns what results.json holds (None in all but the first process).
-    Into settings.out go masks.png, curves.png, log.csv and checkpoint.pt, renewed on the way, and
-    results.json and encoder.pt in the end. Raises AdiosError for what a user can fix."""
+    Into settings.out go masks.png, film.gif (if masks are learned), curves.png, log.csv and
+    checkpoint.pt, renewed on the way, and results.json and encoder.pt in the end. Raises AdiosError
+    for what a user can fix."""
     device, out = pick_device(settings.device), Path(settings.out)
     shared = settings.batch_size % WORLD == 0 and settings.batch_size >= 2 * WORLD
     require(shared, f"--batch-size: give a multiple of {WORLD}, from {2 * WORLD} up")
@@ -1313,8 +1368,9 @@ def train(settings):
     torch.manual_seed(settings.seed)
     game = Game(settings, *((state["mean"], state["std"]) if state else data.statistics()), device)
     untrained = {f"{name}_untrained": value for name, value in compute_metrics(game, data).items()}
-    log, seconds = (state["log"], state["seconds"]) if state else ([], 0.0)
+    log, film, seconds = [], [], 0.0
     if state:
+        log, film, seconds = state["log"], state["film"], state["seconds"]
         restore(game, state)
     if not RANK:
         millions = sum(p.numel() for p in game.model.encoder.parameters()) / 1e6
@@ -1325,8 +1381,8 @@ def train(settings):
     if not RANK and not state:
         for name in RUN_FILES:  # of the run that is overwritten
             (out / name).unlink(missing_ok=True)
-        save_checkpoint(out / "checkpoint.pt", game, log, seconds)
-    seconds = play_epochs(game, data, out, log, seconds)
+        save_checkpoint(out / "checkpoint.pt", game, log, film, seconds)
+    seconds = play_epochs(game, data, out, log, film, seconds)
     if RANK:
         return None
     results = {name: log[-1][name] for name in METRICS if name in log[-1]} | untrained
@@ -1391,6 +1447,21 @@ def cluster_metrics(features, labels, classes, seed):
             "fmi": metrics.fowlkes_mallows_score(labels, clusters)}
 
 
+def colour_iou(images, truth, seed):
+    """What colours alone know of objects: object_iou of uint8 images [n, 3, H, W] with true masks,
+    bool [n, H, W], parted at each image's mean brightness or by k-means of its colours, by name."""
+    from sklearn.cluster import KMeans
+
+    grey, pixels = TF.rgb_to_grayscale(images.float()), images.flatten(2).mT.float().numpy()
+    parts = {"threshold": (grey > grey.mean((2, 3), keepdim=True)).flatten(1).long()}
+    for k in (2, 3, 4):
+        k_means = KMeans(k, n_init=5, random_state=seed)
+        clusters = [torch.from_numpy(k_means.fit_predict(colours)).long() for colours in pixels]
+        parts[f"{k}_means"] = torch.stack(clusters)
+    return {f"iou_{name}": object_iou(F.one_hot(part).mT.unflatten(2, truth.shape[1:]), truth)
+            for name, part in parts.items()}
+
+
 def evaluate(settings):
     """Score the encoder in the checkpoint settings.evaluate, on other data than its own too: the
     paper's transfer. Into settings.out go evaluation.json, neighbours.png and, unless it is the
@@ -1422,6 +1493,11 @@ def evaluate(settings):
     if {"mixed_same", "mixed_rand"} <= data.backgrounds.keys():
         gap = results["linear_mixed_same"] - results["linear_mixed_rand"]
         results["linear_background_gap"] = gap
+    if data.test_masks is not None:
+        images, truth = data.test_images[:200], data.test_masks[:200]
+        if game.learned:
+            results["iou_masks"] = object_iou(predict_masks(game, images), truth)
+        results |= colour_iou(images.cpu(), truth, settings.seed)
     if out != home and game.learned:
         shown = some(data.test_images)
         write(out / "masks.png", plot_masks(shown, predict_masks(game, shown)).savefig)
