@@ -746,8 +746,9 @@ def augment(images, settings):
 
 # ---- Data ----------------------------------------------------------------------------------------
 # Images are one uint8 tensor, on the device when they fit: a batch is an index, and there are no
-# loader processes. `shapes` is drawn, so that true masks are known; its backgrounds tell the class
-# nine times in ten, the shortcut that hiding should cure.
+# loader processes. `shapes` is drawn, so that true masks are known. Its backgrounds tell the class
+# nine times in ten, the shortcut that hiding should cure. Objects are striped and backgrounds lit
+# on one side, so that sorting pixels by colour does not find the objects.
 
 
 @dataclass
@@ -787,8 +788,9 @@ INSIDE = {
 
 
 def two_tones(hue, value, step, darkest, *saturations):
-    """Colours of one hue, `step` apart in value (the other way where that would leave `darkest` to
-    1): float64 [2, n, 3, 1, 1] from 0 to 255. All arguments from 0 to 1, [n] but `darkest`."""
+    """One hue twice, at `value` and at value + step (− step where that would leave `darkest` to 1),
+    with a saturation each: RGB, float64 [2, n, 3, 1, 1] from 0 to 255. The arguments are in turns
+    and shares, [n] each."""
     outside = (value + step < darkest) | (value + step > 1)
     other = (value + torch.where(outside, -step, step)).clamp(darkest - 0.05, 1)
     hsv = [torch.stack((hue % 1, saturation, value), 1).numpy()
@@ -809,8 +811,9 @@ def draw_shapes(count, size, seed):
     def either(low, high):  # of either sign
         return draw(low, high) * torch.where(draw(0, 1) < 0.5, 1, -1)
 
+    # The colours. A background has its class's hue nine times in ten, else another class's.
     labels = torch.arange(count) % classes
-    tells = draw(0, 1) < 0.9  # whether the background has its class's hue or another class's
+    tells = draw(0, 1) < 0.9
     hue = torch.where(tells, labels, labels + 1 + draw(0, classes - 1).long()) / classes
     saturation = draw(0.3, 0.8)
     grounds = two_tones(hue + draw(-0.02, 0.02), draw(0.35, 0.95), either(0.2, 0.45), 0.25,
@@ -820,7 +823,7 @@ def draw_shapes(count, size, seed):
     stripes = two_tones((3 * labels + 5) / classes + 0.03 * noise, draw(0.35, 0.95),
                         either(0.25, 0.5), 0.2, saturation, saturation)
 
-    # Lengths are in units of the image's side.
+    # The shapes. Lengths are in units of the image's side.
     turn, stripe_turn, edge_turn = (draw(0, 2 * math.pi) for _ in range(3))
     radius, centre_x, centre_y = draw(0.30, 0.37), draw(0.4, 0.6), draw(0.4, 0.6)
     period, phase, edge = draw(0.16, 0.3), draw(0, 1), draw(-0.15, 0.15)
@@ -838,10 +841,10 @@ def draw_shapes(count, size, seed):
         hit = inside(along(turn[n], x, y), along(turn[n], y, -x))
         coverage[n] = F.avg_pool2d(hit.double()[None], 2)
         x, y = pixels - 0.5, pixels[:, None] - 0.5
-        first = (along(stripe_turn[n], x, y) / period[n] + phase[n]) % 1 < 0.5
-        objects[n] = torch.where(first, *stripes[:, n]).round()
-        first = along(edge_turn[n], x, y) < edge[n]
-        backgrounds[n] = (torch.where(first, *grounds[:, n]) + grain[n]).round().clamp(0, 255)
+        light = (along(stripe_turn[n], x, y) / period[n] + phase[n]) % 1 < 0.5
+        objects[n] = torch.where(light, *stripes[:, n]).round()
+        light = along(edge_turn[n], x, y) < edge[n]
+        backgrounds[n] = (torch.where(light, *grounds[:, n]) + grain[n]).round().clamp(0, 255)
     return labels, objects, coverage, backgrounds
 
 
@@ -1125,11 +1128,11 @@ def film_frame(images, masks, epoch):
 
 def save_film(frames, file):
     """Write frames as an animated GIF of less than a megabyte, five frames a second."""
-    times = [200] * (len(frames) - 1) + [3000]
+    times = [200] * (len(frames) - 1) + [3000]  # ms
     for colours in (256, 128, 64, 32, 16):
-        content, pages = io.BytesIO(), [TF.to_pil_image(frame).quantize(
+        content, (first, *others) = io.BytesIO(), [TF.to_pil_image(frame).quantize(
             colours, dither=Image.Dither.NONE) for frame in frames]
-        pages[0].save(content, "gif", save_all=True, append_images=pages[1:], duration=times, loop=0)
+        first.save(content, "gif", save_all=True, append_images=others, duration=times, loop=0)
         if content.tell() < 1e6:
             break
     file.write(content.getvalue())
