@@ -748,7 +748,7 @@ def augment(images, settings):
 # Images are one uint8 tensor, on the device when they fit: a batch is an index, and there are no
 # loader processes. `shapes` is drawn, so that true masks are known. Its backgrounds tell the class
 # nine times in ten, the shortcut that hiding should cure. Objects are striped and backgrounds lit
-# on one side, so that sorting pixels by colour does not find the objects.
+# on one side, so that colours alone find the objects only in part.
 
 
 @dataclass
