@@ -492,7 +492,7 @@ CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_ma
              min_crop=0.08, jitter=0.5, blur=0.0)
 STL10 = CIFAR | dict(image_size=96, small_stem=False, num_masks=6, blur=0.5)
 FLOWERS = STL10 | dict(batch_size=128)
-FOLDER = FLOWERS | dict(image_size=64, width=24, occluder_width=8, num_masks=4, occluder_share=0.5,
+FOLDER = FLOWERS | dict(image_size=64, width=24, occluder_width=8, num_masks=4, sparsity=0.5,
                         epochs=20)
 PRESETS = {"shapes": SHAPES, "stl10": STL10, "cifar10": CIFAR, "cifar100": CIFAR,
            "flowers102": FLOWERS, "folder": FOLDER}
