@@ -341,8 +341,13 @@ class Game:
         self.occluder_optimizer = make_optimizer(self.occluder, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.target_rate = torch.zeros((), device=device)
+        player = self
+        if settings.compile:  # for the steps only: metrics and pictures are not worth the wait
+            player = copy.copy(self)
+            player.embed, player.paint = torch.compile(self.embed), torch.compile(self.paint)
         can_capture = device.type == "cuda" and self.dtype == torch.bfloat16 and WORLD == 1
-        self.play_step = CapturedStep(self) if can_capture and settings.cuda_graph else self.step
+        captured = can_capture and settings.cuda_graph
+        self.play_step = CapturedStep(player) if captured else player.step
 
     def play(self, images, progress):
         """A step at `progress`, 0 to 1, of the run; returns what `step` does."""
@@ -544,6 +549,7 @@ class Settings:
     seed: int = option("of data, weights, order and crops", 0, 0, 2**12 - 1)
     device: str = option("cpu, cuda, cuda:1, mps or auto, the fastest there is", "auto")
     cuda_graph: bool = option("capture the step in a CUDA graph (bfloat16, one process)", True)
+    compile: bool = option("torch.compile the networks: faster steps after a minute's wait", False)
     out: str = option("folder for results (default: runs/<dataset>-<ssl>-<masks>)", "")
     resume: bool = option("go on from the checkpoint in --out", False)
     overwrite: bool = option("replace a run's files in --out", False)
@@ -1179,8 +1185,9 @@ PARTS = ("model", "model_optimizer", "occluder", "occluder_optimizer", "scaler")
 VERSION = 3  # of checkpoints: what another one wrote cannot be used
 
 
-def pick_device(name):
-    """The torch device of that name, or for `auto` the fastest that there is."""
+def pick_device(name, compile=False):
+    """The torch device of that name, or for `auto` the fastest that there is. Raises AdiosError
+    where it cannot be used or, if asked for, torch.compile does not work there."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
@@ -1190,6 +1197,12 @@ def pick_device(name):
             torch.cuda.set_device(probe.device)  # whose streams a captured step uses
     except (RuntimeError, AssertionError) as error:
         raise AdiosError(f"--device {name} is not usable here: leave it out") from error
+    try:
+        if compile:
+            torch.compile(torch.sin)(probe)
+    except RuntimeError as error:  # no compiler, no Triton, an old GPU
+        reason = str(error).split("\n\n")[0]  # hints for developers follow
+        raise AdiosError(f"--compile does not work here, leave it out: {reason}") from error
     return probe.device
 
 
@@ -1353,12 +1366,12 @@ def train(settings):
     Into settings.out go masks.png, film.gif (if masks are learned), curves.png, log.csv and
     checkpoint.pt, renewed on the way, and results.json and encoder.pt in the end. Raises AdiosError
     for what a user can fix."""
-    device, out = pick_device(settings.device), Path(settings.out)
+    device, out = pick_device(settings.device, settings.compile), Path(settings.out)
     shared = settings.batch_size % WORLD == 0 and settings.batch_size >= 2 * WORLD
     require(shared, f"--batch-size: give a multiple of {WORLD}, from {2 * WORLD} up")
     state = read_checkpoint(out / "checkpoint.pt") if settings.resume else None
     if state:
-        free = ("data_dir", "device", "cuda_graph", "out", "resume", "overwrite")
+        free = ("data_dir", "device", "cuda_graph", "compile", "out", "resume", "overwrite")
         odd = [f"{flag(name)} {was}" for name, was in state["settings"].items()
                if name not in free and was != getattr(settings, name)]
         require(not odd, f"--resume: the checkpoint has {', '.join(odd)}: give the same")
@@ -1524,18 +1537,18 @@ def bench(settings):
     """Time steps on random images, in turn with those of plain SimCLR with the same encoder. Prints
     and returns medians: milliseconds a step, images/s, `simclr_steps`, what a step costs in steps
     of plain SimCLR, and on a GPU the peak memory in MB."""
-    device, grey = pick_device(settings.device), torch.full((1, 3, 1, 1), 0.5)
-    kinds = {"step": settings, "uncaptured step": replace(settings, cuda_graph=False),
+    device, grey = pick_device(settings.device, settings.compile), torch.full((1, 3, 1, 1), 0.5)
+    kinds = {"step": settings, "plain step": replace(settings, cuda_graph=False, compile=False),
              "plain SimCLR": replace(settings, ssl="simclr", masks="none")}
     games = {name: Game(kind, grey, grey, device) for name, kind in kinds.items()}
-    if games["step"].play_step == games["step"].step:
-        del games["uncaptured step"]  # the same
+    if not settings.compile and not isinstance(games["step"].play_step, CapturedStep):
+        del games["plain step"]  # the same
     channels, size = 3 + settings.masks.startswith("object"), settings.image_size
     images = torch.randint(256, (settings.batch_size, channels, size, size), dtype=torch.uint8,
                            device=device)
-    steps = 1 if device.type == "cpu" else 20  # to wait for a GPU takes time of its own
+    steps = 1 if device.type == "cpu" else 10  # to wait for a GPU takes time of its own
     times, start = {name: [] for name in games}, time.perf_counter()
-    while len(times["step"]) < 6 or time.perf_counter() - start < 10:
+    while len(times["step"]) < 6 or time.perf_counter() - start < 5:
         for name, game in tqdm(games.items(), f"round {len(times['step']) + 1}", leave=False):
             since = time.perf_counter()
             for _ in range(steps):

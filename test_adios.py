@@ -1052,7 +1052,7 @@ def test_warnings_are_said_once_each(capsys, light):
 # ---- What users get wrong ------------------------------------------------------------------------
 @parametrize("arguments, says", [
     ("--dataset mnist", "one of shapes, stl10"), ("--masks random", "one of"),
-    ("--colour red", "unrecognized arguments: --colour red"), ("--compile", "--compile"),
+    ("--colour red", "unrecognized arguments: --colour red"),
     ("--epochs many", "invalid int value: 'many'"), ("--num-masks 1", "from 2 to"),
     ("--image-size 31", "from 32 to"), ("--lr nan", "--lr nan: give float from"),
     ("--encoder vit_tiny --image-size 37 --limit 128", "--image-size 37"),
@@ -1079,7 +1079,8 @@ def test_settings_are_checked_and_filled_in():
 def test_runs_are_neither_overwritten_nor_mixed(refused, reference, light, monkeypatch):
     """Nor are a user's own files of such names. A run may go on elsewhere."""
     shutil.copytree(reference, "o")
-    elsewhere = dict(cuda_graph=False, data_dir="e", device="auto", resume=True)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    elsewhere = dict(cuda_graph=False, compile=True, data_dir="e", device="auto", resume=True)
     assert adios.main(flags(out="o", **elsewhere)) == 0  # with nothing left to do
     equal_runs(reference, "o")
     monkeypatch.setattr(adios, "load_data", None)  # all this is said before
@@ -1100,11 +1101,11 @@ def test_odd_checkpoints(refused, reference):
     """They run no code; of another version, they say so."""
     (_, state), path = weights(reference), Path("o/checkpoint.pt")
     shutil.copytree(reference, "o")
-    other = state | dict(settings=state["settings"] | dict(compile=True))
+    other = state | dict(settings=state["settings"] | dict(colour=True))
     for bad, says in ((path.read_bytes()[:5000], "damaged"), (b"", "damaged"),
                       (pickle.dumps(Payload(), 2), "damaged"), (pickle.dumps([], 2), "damaged"),
                       (dict(model=Payload()), "damaged"), (dict(log=[]), "damaged"),
-                      (state | dict(version=1), "another version"), (other, "--compile")):
+                      (state | dict(version=1), "another version"), (other, "--colour")):
         path.write_bytes(bad) if isinstance(bad, bytes) else torch.save(bad, path)
         refused(*flags(out="o", resume=True), says=says)
         refused("--evaluate=o/checkpoint.pt", says=says)
@@ -1143,7 +1144,38 @@ def test_any_settings_train_or_are_refused_in_one_line(capsys, light, chosen):
     else:
         assert all(value.isfinite().all() for value in weights("o")[0]) and "images/s" in out
 
-# ---- On a GPU ------------------------------------------------------------------------------------
+# ---- Compiled steps, and those on a GPU ----------------------------------------------------------
+@parametrize("changes", [{}, dict(masks="adios", updates="simultaneous", ssl="byol")])
+def test_a_compiled_step_is_the_plain_one(monkeypatch, changes):
+    """As far as Python goes: what was traced runs as it is. In a step that is all of both networks;
+    out of steps it is nothing."""
+    traced, games, reports = [], [], []
+    def run_traced(graph, inputs):
+        names = [getattr(node.target, "__name__", "") for node in graph.graph.nodes]
+        traced.append((names.count("group_norm"), names.count("batch_norm")))
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", functools.partial(
+        torch.compile, backend=run_traced, fullgraph=True))
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        games.append(make_game(compile=compiled, **changes))
+        reports.append([games[-1].play(shapes().images[:16], 0.1) for _ in range(3)])
+        assert bool(traced) == compiled
+    masks, *views = traced  # views without and with a gradient
+    assert masks == (8, 0) and len(views) == 2 and len(set(views)) == 1 and views[0][1] >= 20
+    assert_close(*reports, rtol=1e-4, atol=1e-4)
+    assert_close(*(snapshot(game.model) for game in games), rtol=1e-3, atol=1e-3)
+    adios.compute_metrics(games[1], shapes())
+    assert len(traced) == 3
+
+def test_what_cannot_be_compiled_is_said_before_anything_is_loaded(refused, monkeypatch):
+    def compile(function):
+        raise RuntimeError("no C++\ncompiler\n\nset THIS to debug")
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(adios, "load_data", None)
+    for command in ((), ("--bench",)):
+        refused("--compile", *command, says="--compile does not work here, leave it out: no C++ comp")
+
 def play_steps(count, stop=math.inf, **changes):
     """A game from one seed, what its steps report, and the networks' states before each."""
     torch.manual_seed(0)
@@ -1159,14 +1191,16 @@ def play_steps(count, stop=math.inf, **changes):
 @parametrize("ssl", adios.OBJECTIVES)
 def test_a_captured_step_is_the_plain_one(ssl, masks):
     """The same numbers from the same seed, step by step; in bfloat16 they drift apart a little."""
-    for updates in ("alternating", "simultaneous")[:1 + (masks == "adios-s")]:
-        args = dict(ssl=ssl, masks=masks, updates=updates, blur=0.5)
-        plain, expected, _ = play_steps(10, **args, cuda_graph=False)
+    variants = [{}] + [dict(updates="simultaneous")] * (masks == "adios-s")
+    variants += [dict(compile=True)] * (masks == "adios-s" and ssl == "simclr")
+    for changes in variants:
+        args = dict(ssl=ssl, masks=masks, blur=0.5) | changes
+        plain, expected, _ = play_steps(10, **args | dict(cuda_graph=False, compile=False))
         game, reports, _ = play_steps(10, **args)
         assert plain.play_step == plain.step and game.play_step.graph is not None
         for n, (ours, theirs) in enumerate(zip(reports, expected)):
             close = 5e-3 if n < 4 else 2e-2
-            assert ours == approx(theirs, rel=close, abs=close), (updates, n)
+            assert ours == approx(theirs, rel=close, abs=close), (changes, n)
         assert len({report["loss"] for report in reports[4:]}) > 3  # new crops in each replay
 
 @needs_gpu
