@@ -341,13 +341,7 @@ class Game:
         self.occluder_optimizer = make_optimizer(self.occluder, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.target_rate = torch.zeros((), device=device)
-        player = self
-        if settings.compile:  # for the steps only: metrics and pictures are not worth the wait
-            player = copy.copy(self)
-            player.embed, player.paint = torch.compile(self.embed), torch.compile(self.paint)
-        can_capture = device.type == "cuda" and self.dtype == torch.bfloat16 and WORLD == 1
-        captured = can_capture and settings.cuda_graph
-        self.play_step = CapturedStep(player) if captured else player.step
+        self.play_step = fastest_step(self)
 
     def play(self, images, progress):
         """A step at `progress`, 0 to 1, of the run; returns what `step` does."""
@@ -438,6 +432,17 @@ class CapturedStep:
         self.images.copy_(images)
         self.graph.replay()
         return {name: value.clone() for name, value in self.report.items()}
+
+
+def fastest_step(game):
+    """Game.step, its networks compiled if the settings ask for it, and captured if the device can
+    (where a GPU has no bfloat16 its loss scaling reads numbers; processes wait for one another)."""
+    can_capture = game.device.type == "cuda" and game.dtype == torch.bfloat16 and WORLD == 1
+    capture = game.settings.cuda_graph and can_capture
+    if game.settings.compile:  # a copy's, since metrics and pictures are not worth the wait
+        game = copy.copy(game)
+        game.embed, game.paint = torch.compile(game.embed), torch.compile(game.paint)
+    return CapturedStep(game) if capture else game.step
 
 
 def make_optimizer(network, settings):
@@ -1268,6 +1273,10 @@ def restore(game, state, parts=PARTS):
             saved = part.state_dict() | saved
         if saved:  # a scaler that is not needed has none
             part.load_state_dict(saved)
+        if name.endswith("optimizer"):  # fused AdamW needs its weights' memory format
+            for p, moments in part.state.items():
+                moments |= {key: torch.empty_like(p).copy_(moments[key])
+                            for key in ("exp_avg", "exp_avg_sq")}
 
 
 def check_finite(step, values):
