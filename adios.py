@@ -554,7 +554,7 @@ class Settings:
     seed: int = option("of data, weights, order and crops", 0, 0, 2**12 - 1)
     device: str = option("cpu, cuda, cuda:1, mps or auto, the fastest there is", "auto")
     cuda_graph: bool = option("capture the step in a CUDA graph (bfloat16, one process)", True)
-    compile: bool = option("torch.compile the networks: faster steps after a minute's wait", False)
+    compile: bool = option("torch.compile the networks: a minute's wait, then faster (GPUs)", False)
     out: str = option("folder for results (default: runs/<dataset>-<ssl>-<masks>)", "")
     resume: bool = option("go on from the checkpoint in --out", False)
     overwrite: bool = option("replace a run's files in --out", False)
@@ -581,7 +581,8 @@ class Settings:
         require(self.dataset == "shapes" or not self.masks.startswith("object") or self.evaluate,
                 f"--masks {self.masks}: only shapes knows its objects' true masks")
         require(not (self.resume and self.overwrite), "--resume, --overwrite: drop one of them")
-        require(not (self.bench and self.evaluate), "--bench, --evaluate: drop one of them")
+        require(not (self.evaluate and (self.bench or self.compile)),
+                "--evaluate goes without --bench and --compile: drop one of them")
         require(self.evaluate or not self.finetune, "--finetune needs --evaluate CHECKPOINT")
         self.out = self.out or f"runs/{self.dataset}-{self.ssl}-{self.masks}"
 
@@ -1190,9 +1191,8 @@ PARTS = ("model", "model_optimizer", "occluder", "occluder_optimizer", "scaler")
 VERSION = 3  # of checkpoints: what another one wrote cannot be used
 
 
-def pick_device(name, compile=False):
-    """The torch device of that name, or for `auto` the fastest that there is. Raises AdiosError
-    where it cannot be used or, if asked for, torch.compile does not work there."""
+def pick_device(name):
+    """The torch device of that name, or for `auto` the fastest that there is."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
@@ -1202,13 +1202,16 @@ def pick_device(name, compile=False):
             torch.cuda.set_device(probe.device)  # whose streams a captured step uses
     except (RuntimeError, AssertionError) as error:
         raise AdiosError(f"--device {name} is not usable here: leave it out") from error
+    return probe.device
+
+
+def check_compiler(device):
+    """Raise AdiosError if torch.compile does not work on a device."""
     try:
-        if compile:
-            torch.compile(torch.sin)(probe)
-    except RuntimeError as error:  # no compiler, no Triton, an old GPU
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    except RuntimeError as error:  # no C compiler, no Triton, an old GPU
         reason = str(error).split("\n\n")[0]  # hints for developers follow
         raise AdiosError(f"--compile does not work here, leave it out: {reason}") from error
-    return probe.device
 
 
 def check_folder(settings, files):
@@ -1270,13 +1273,12 @@ def restore(game, state, parts=PARTS):
     for name in parts:
         part, saved = getattr(game, name), state[name]
         if name.endswith("optimizer"):
-            saved = part.state_dict() | saved
-        if saved:  # a scaler that is not needed has none
+            part.load_state_dict(part.state_dict() | saved)
+            for p, moments in part.state.items():  # fused AdamW needs its weights' memory format
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    moments[moment] = torch.empty_like(p).copy_(moments[moment])
+        elif saved:  # a scaler that is not needed has none
             part.load_state_dict(saved)
-        if name.endswith("optimizer"):  # fused AdamW needs its weights' memory format
-            for p, moments in part.state.items():
-                moments |= {key: torch.empty_like(p).copy_(moments[key])
-                            for key in ("exp_avg", "exp_avg_sq")}
 
 
 def check_finite(step, values):
@@ -1375,7 +1377,7 @@ def train(settings):
     Into settings.out go masks.png, film.gif (if masks are learned), curves.png, log.csv and
     checkpoint.pt, renewed on the way, and results.json and encoder.pt in the end. Raises AdiosError
     for what a user can fix."""
-    device, out = pick_device(settings.device, settings.compile), Path(settings.out)
+    device, out = pick_device(settings.device), Path(settings.out)
     shared = settings.batch_size % WORLD == 0 and settings.batch_size >= 2 * WORLD
     require(shared, f"--batch-size: give a multiple of {WORLD}, from {2 * WORLD} up")
     state = read_checkpoint(out / "checkpoint.pt") if settings.resume else None
@@ -1385,6 +1387,8 @@ def train(settings):
                if name not in free and was != getattr(settings, name)]
         require(not odd, f"--resume: the checkpoint has {', '.join(odd)}: give the same")
     check_folder(settings, () if state else RUN_FILES)
+    if settings.compile:
+        check_compiler(device)
     if RANK:
         dist.barrier()  # process 0 downloads, then the others load
     data = load_data(settings, device)
@@ -1546,25 +1550,29 @@ def bench(settings):
     """Time steps on random images, in turn with those of plain SimCLR with the same encoder. Prints
     and returns medians: milliseconds a step, images/s, `simclr_steps`, what a step costs in steps
     of plain SimCLR, and on a GPU the peak memory in MB."""
-    device, grey = pick_device(settings.device, settings.compile), torch.full((1, 3, 1, 1), 0.5)
+    device, grey = pick_device(settings.device), torch.full((1, 3, 1, 1), 0.5)
+    if settings.compile:
+        check_compiler(device)
     kinds = {"step": settings, "plain step": replace(settings, cuda_graph=False, compile=False),
              "plain SimCLR": replace(settings, ssl="simclr", masks="none")}
     games = {name: Game(kind, grey, grey, device) for name, kind in kinds.items()}
-    if not settings.compile and not isinstance(games["step"].play_step, CapturedStep):
+    if games["step"].play_step == games["step"].step:
         del games["plain step"]  # the same
     channels, size = 3 + settings.masks.startswith("object"), settings.image_size
     images = torch.randint(256, (settings.batch_size, channels, size, size), dtype=torch.uint8,
                            device=device)
     steps = 1 if device.type == "cpu" else 10  # to wait for a GPU takes time of its own
-    times, start = {name: [] for name in games}, time.perf_counter()
-    while len(times["step"]) < 6 or time.perf_counter() - start < 5:
+    times = {name: [] for name in games}
+    while len(times["step"]) < 6 or time.perf_counter() - start < 10:
         for name, game in tqdm(games.items(), f"round {len(times['step']) + 1}", leave=False):
             since = time.perf_counter()
             for _ in range(steps):
                 loss = game.play(images, 0.0)["loss"]
             loss.item()  # waits for the device
             times[name].append((time.perf_counter() - since) / steps)
-    times = {name: torch.tensor(times[name][1:]) for name in games}  # the first round warms up
+        if len(times["step"]) == 1:  # the first round warms up
+            start = time.perf_counter()
+    times = {name: torch.tensor(times[name][1:]) for name in games}
     results = {"simclr_steps": (times["step"] / times["plain SimCLR"]).median().item()}
     for name in games:
         seconds = times[name].median().item()
@@ -1599,7 +1607,8 @@ def parse(argv=None):
             fixed = name in ("image_size", "ssl", "encoder", "width", "small_stem", "masks",
                              "num_masks", "occluder_width")
             require(not fixed, f"{flag(name)}: the checkpoint has {saved.get(name)}; leave it out")
-        inherited = saved | dict(device="auto", resume=False, overwrite=False, out=str(home))
+        inherited = saved | dict(device="auto", compile=False, resume=False, overwrite=False,
+                                 out=str(home))
         dataset = given.get("dataset", saved["dataset"])
         if "dataset" in other or (dataset == "folder" and "data_dir" in other):
             inherited |= dict(limit=0, data_dir=Settings.data_dir, out=str(home / dataset))

@@ -1176,7 +1176,9 @@ def test_a_compiled_step_is_the_plain_one(monkeypatch, changes):
     masks, *views = traced  # views without and with a gradient
     assert masks == (8, 0) and len(views) == 2 and len(set(views)) == 1 and views[0][1] >= 20
     assert_close(*reports, rtol=1e-4, atol=1e-4)
-    assert_close(*(snapshot(game.model) for game in games), rtol=1e-3, atol=1e-3)
+    for network in ("model", "occluder"):
+        states = [snapshot(getattr(game, network)) for game in games]
+        assert_close(*states, rtol=1e-3, atol=3e-3)  # after three steps of 2e-3
     adios.compute_metrics(games[1], shapes())
     assert len(traced) == 3
 
@@ -1186,7 +1188,7 @@ def test_what_cannot_be_compiled_is_said_before_anything_is_loaded(refused, monk
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(adios, "load_data", None)
     for command in ((), ("--bench",)):
-        refused("--compile", *command, says="--compile does not work here, leave it out: no C++ comp")
+        refused("--compile", *command, says="--compile does not work here, leave it out: no C++ c")
 
 def play_steps(count, stop=math.inf, **changes):
     """A game from one seed, what its steps report, and the networks' states before each."""
@@ -1209,7 +1211,9 @@ def test_a_captured_step_is_the_plain_one(ssl, masks):
         args = dict(ssl=ssl, masks=masks, blur=0.5) | changes
         plain, expected, _ = play_steps(10, **args, cuda_graph=False)
         game, reports, _ = play_steps(10, **args)
+        _, (first,), _ = play_steps(1, **args | dict(cuda_graph=False, compile=False))
         assert not hasattr(plain.play_step, "graph") and game.play_step.graph is not None
+        assert reports[0] == approx(first, rel=2e-2, abs=2e-2)  # compilation rounds otherwise
         for n, (ours, theirs) in enumerate(zip(reports, expected)):
             close = 5e-3 if n < 4 else 2e-2
             assert ours == approx(theirs, rel=close, abs=close), (changes, n)
