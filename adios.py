@@ -435,8 +435,8 @@ class CapturedStep:
 
 
 def fastest_step(game):
-    """Game.step, its networks compiled if the settings ask for it, and captured if the device can
-    (where a GPU has no bfloat16 its loss scaling reads numbers; processes wait for one another)."""
+    """Game.step, compiled and captured where settings and device allow. Capturing takes bfloat16
+    (float16 needs loss scaling, for which the host reads numbers) and one process."""
     can_capture = game.device.type == "cuda" and game.dtype == torch.bfloat16 and WORLD == 1
     capture = game.settings.cuda_graph and can_capture
     if game.settings.compile:  # a copy's, since metrics and pictures are not worth the wait
