@@ -71,25 +71,26 @@ from tqdm.contrib.concurrent import thread_map
 # one that hides more of a thing leaves less of it to the others.
 
 
-def mlp(*sizes, norm=True):
-    """[B, first size] to [B, last]: linear layers, between them batch norm (if `norm`) and ReLU."""
-    layers, norm = [], nn.BatchNorm1d if norm else nn.Identity
-    for inner, outer in zip(sizes, sizes[1:-1]):
-        layers += [nn.Linear(inner, outer), norm(outer), nn.ReLU()]
+def mlp(*sizes, norm=nn.BatchNorm1d):
+    """[B, first size] to [B, last]: linear layers, between them a norm and ReLU."""
+    layers = []
+    for d_in, d_out in zip(sizes, sizes[1:-1]):
+        layers += [nn.Linear(d_in, d_out), norm(d_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
 
 
-def conv_block(inner, outer):
-    """3×3 convolution, group norm, ReLU: [B, inner, H, W] to [B, outer, H, W]."""
-    conv = nn.Conv2d(inner, outer, 3, padding=1, bias=False)
-    return nn.Sequential(conv, nn.GroupNorm(8, outer), nn.ReLU(inplace=True))
+def conv_block(c_in, c_out):
+    """3×3 convolution, group norm, ReLU: [B, c_in, H, W] to [B, c_out, H, W]."""
+    conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.GroupNorm(8, c_out), nn.ReLU(inplace=True))
 
 
 def upsample(x, size):
     """Nearest-neighbour upsampling of x [B, C, H, H] to [B, C, size, size]."""
-    if size == 2 * x.shape[2] and x.is_contiguous():  # the backward pass of interpolate is slow on
-        x = torch.stack((x, x), 4).flatten(3)         # a GPU: with this a step of adios-s takes
-        return torch.stack((x, x), 3).flatten(2, 3)   # 27.4 instead of 28.4 ms
+    # Doubled by copies: interpolate's backward pass costs a step of adios-s on a GPU 1 ms of 28.
+    if size == 2 * x.shape[2] and x.is_contiguous():
+        x = torch.stack((x, x), 4).flatten(3)
+        return torch.stack((x, x), 3).flatten(2, 3)
     return F.interpolate(x, (size, size))
 
 
@@ -102,12 +103,12 @@ class Occluder(nn.Module):
         super().__init__()
         depth = int(math.log2(image_size) - 1)
         channels = [width] * (depth - 3) + [2 * width] * 3
-        self.down = nn.ModuleList(conv_block(inner, outer) for inner, outer in
+        self.down = nn.ModuleList(conv_block(c_in, c_out) for c_in, c_out in
                                   zip([3, *channels], channels))
-        self.up = nn.ModuleList(conv_block(2 * inner, outer) for inner, outer in
+        self.up = nn.ModuleList(conv_block(2 * c_in, c_out) for c_in, c_out in
                                 zip(channels[::-1], [*channels[-2::-1], width]))
         flat = channels[-1] * math.ceil(image_size / 2**(depth - 1))**2
-        self.mlp = mlp(flat, 128, 128, flat, norm=False).append(nn.ReLU())
+        self.mlp = mlp(flat, 128, 128, flat, norm=nn.Identity).append(nn.ReLU())
         self.to_masks = nn.Conv2d(width, num_masks, 1)
 
     def forward(self, x):
@@ -177,7 +178,7 @@ class Siamese(nn.Module):
         hidden = min(4 * self.dim, 2048)
         self.predictor = self.target = None
         if settings.ssl == "simclr":
-            self.projector = mlp(self.dim, hidden, 128, norm=False)
+            self.projector = mlp(self.dim, hidden, 128, norm=nn.Identity)
         elif settings.ssl == "byol":
             self.projector = mlp(self.dim, 2 * hidden, 256)
             self.predictor = mlp(256, 4 * hidden, 256)
@@ -236,7 +237,8 @@ def pick_one(masks):
     return masks.take_along_dim(index, 1)
 
 
-# From a view, the occluder's masks [B, N, H, H] or None, and the object's mask [B, 1, H, H].
+# A view, the occluder's masks [B, N, H, H] or None, and the object's [B, 1, H, H] (`object*` only)
+# to what is hidden, [B, K, H, H].
 SCHEMES = {
     "none": lambda view, masks, truth: torch.zeros_like(view[:, :1]),
     "mae": lambda view, masks, truth: hide_patches(view),
@@ -263,8 +265,8 @@ class Game:
             pairs.append((view_b, view_a, truth_a))
         with torch.set_grad_enabled(occluder_learns):
             painted = [self.paint(view) for _, view, _ in pairs]             # [B, N, H, H] each
-            masks = [SCHEMES[self.settings.masks](view, paint, truth)        # [B, K, H, H] each
-                     for (_, view, truth), paint in zip(pairs, painted)]
+            masks = [SCHEMES[self.settings.masks](view, all_masks, truth)    # [B, K, H, H] each
+                     for (_, view, truth), all_masks in zip(pairs, painted)]
         report = {}
 
         if occluder_learns and self.settings.updates == "simultaneous":
@@ -296,8 +298,8 @@ class Game:
         return report | {f"area_{n + 1}": area / len(pairs) for n, area in enumerate(areas)}
 
     def loss(self, pairs, masks, unmasked=None):
-        """L, a scalar: the mean over all pairs and masks; and the unmasked views' Embeddings as
-        constants. They are computed once for all masks, or not at all where they are given."""
+        """L, a scalar: the mean over all pairs and masks. Also returns the unmasked views'
+        Embeddings, detached, to be given in again for the occluder's move."""
         objective, temperature = OBJECTIVES[self.settings.ssl], self.settings.temperature
         unmasked = unmasked or [self.embed(view) for view, _, _ in pairs]
         losses = [objective(embedding, self.embed(view * (1 - mask)), temperature)
@@ -331,7 +333,8 @@ class Game:
         if WORLD > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.occluder = Occluder(settings.image_size, settings.num_masks, settings.occluder_width)
-        # Where torch has no group norm for channels-last memory, each block would turn it back.
+        # Where torch has no group norm for channels-last memory, each block would convert it back
+        # and forth: there it stays contiguous.
         probe = torch.empty(1, 8, 2, 2, device=device).to(memory_format=torch.channels_last)
         kept = F.group_norm(probe, 8).is_contiguous(memory_format=torch.channels_last)
         self.occluder_format = torch.channels_last if kept else torch.contiguous_format
@@ -374,7 +377,7 @@ class Game:
 
     def paint(self, view):
         """The occluder's masks on a view, float32 [B, N, H, H]; None where the scheme has none.
-        Norms, too, are in the view's precision: a U-Net keeps a GPU waiting for its bytes."""
+        All of it, norms included, runs in the view's precision: a U-Net costs memory traffic."""
         if not self.learned:
             return None
         weights = {name: p.to(view.dtype) for name, p in self.occluder.named_parameters()}
@@ -495,11 +498,9 @@ def gather(rows):
 # it gives no default (None), the data set does.
 
 SHAPES = dict(image_size=32, width=16, small_stem=False, occluder_width=8, num_masks=2, lr=8e-3,
-              occluder_lr=2e-3, occluder_share=1.0, sparsity=0.2, epochs=20, batch_size=128,
-              min_crop=0.3, jitter=0.5, blur=0.0)
+              occluder_lr=2e-3, sparsity=0.2, epochs=20, batch_size=128, min_crop=0.3, blur=0.0)
 CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_masks=4, lr=2e-3,
-             occluder_lr=1e-3, occluder_share=1.0, sparsity=0.1, epochs=100, batch_size=256,
-             min_crop=0.08, jitter=0.5, blur=0.0)
+             occluder_lr=1e-3, sparsity=0.1, epochs=100, batch_size=256, min_crop=0.08, blur=0.0)
 STL10 = CIFAR | dict(image_size=96, small_stem=False, num_masks=6, blur=0.5)
 FLOWERS = STL10 | dict(batch_size=128)
 FOLDER = FLOWERS | dict(image_size=64, width=24, occluder_width=8, num_masks=4, sparsity=0.5,
@@ -535,20 +536,20 @@ class Settings:
     masks: str = option("what is hidden; adios-s: one mask at random", "adios-s", *SCHEMES)
     num_masks: int = option("N, the masks that the occluder paints", None, 2, 64)
     updates: str = option("how the two move", "alternating", "alternating", "simultaneous")
-    encoder: str = option("any will do", "resnet18", "resnet18", "resnet50", "vit_tiny")
+    encoder: str = option("network to train", "resnet18", "resnet18", "resnet50", "vit_tiny")
     width: int = option("channels of resnet18's first stage", None, 1, 1024)
     small_stem: bool = option("3×3 stem without pooling, for small images", None)
     occluder_width: int = option("channels c of the occluder, a multiple of 8", None, 8, 1024)
     epochs: int = option("passes over the training images", None, 1, 10**6)
     batch_size: int = option("images a step, of all processes together", None, 2, 10**6)
-    lr: float = option("peak learning rate of the encoder (or the method's)", None, 1e-9, 10)
+    lr: float = option("peak learning rate (byol, simsiam 0.002, vit_tiny 0.0005)", None, 1e-9, 10)
     occluder_lr: float = option("peak learning rate of the occluder", None, 0, 10)
-    occluder_share: float = option("share of the run in which the occluder learns", None, 1e-3, 1)
+    occluder_share: float = option("share of the run in which the occluder learns", 1.0, 1e-3, 1)
     weight_decay: float = option("of both networks, biases and norms excepted", 1e-4, 0, 10)
     sparsity: float = option("λ, weight of the sparsity penalty", None, 0, 1000)
     temperature: float = option("of NT-Xent", 0.2, 1e-3, 1000)
     min_crop: float = option("smallest share of an image that a crop covers", None, 1e-3, 1)
-    jitter: float = option("colours change by ± 0.8 times this, hue by ± 0.2", None, 0, 1.25)
+    jitter: float = option("colours change by ± 0.8 times this, hue by ± 0.2", 0.5, 0, 1.25)
     blur: float = option("probability of Gaussian blur", None, 0, 1)
     limit: int = option("training images to use, of shapes to draw (0: all)", 0, 0, 10**9)
     seed: int = option("of data, weights, order and crops", 0, 0, 2**12 - 1)
@@ -598,16 +599,16 @@ def flag(name):
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions around a shortcut: [B, inner, H, W] to [B, outer, H/s, W/s]."""
+    """Two 3×3 convolutions around a shortcut: [B, c_in, H, W] to [B, c_out, H/s, W/s]."""
 
-    def __init__(self, inner, outer, stride):
+    def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outer)
-        self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outer)
-        self.downsample = nn.Identity() if stride == 1 and inner == outer else nn.Sequential(
-            nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.downsample = nn.Identity() if stride == 1 and c_in == c_out else nn.Sequential(
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x):
         y = self.bn1(self.conv1(x)).relu_()
@@ -623,10 +624,10 @@ class ResNet18(nn.Module):
         self.conv1 = nn.Conv2d(3, width, *((3, 1, 1) if small_stem else (7, 2, 3)), bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
-        for stage, (inner, outer) in enumerate(((1, 1), (1, 2), (2, 4), (4, 8)), 1):
+        for stage, (c_in, c_out) in enumerate(((1, 1), (1, 2), (2, 4), (4, 8)), 1):
             self.add_module(f"layer{stage}", nn.Sequential(
-                BasicBlock(inner * width, outer * width, 1 if stage == 1 else 2),
-                BasicBlock(outer * width, outer * width, 1)))
+                BasicBlock(c_in * width, c_out * width, 1 if stage == 1 else 2),
+                BasicBlock(c_out * width, c_out * width, 1)))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -1553,11 +1554,11 @@ def bench(settings):
     device, grey = pick_device(settings.device), torch.full((1, 3, 1, 1), 0.5)
     if settings.compile:
         check_compiler(device)
-    kinds = {"step": settings, "plain step": replace(settings, cuda_graph=False, compile=False),
+    kinds = {"step": settings, "eager step": replace(settings, cuda_graph=False, compile=False),
              "plain SimCLR": replace(settings, ssl="simclr", masks="none")}
     games = {name: Game(kind, grey, grey, device) for name, kind in kinds.items()}
     if games["step"].play_step == games["step"].step:
-        del games["plain step"]  # the same
+        del games["eager step"]  # the same
     channels, size = 3 + settings.masks.startswith("object"), settings.image_size
     images = torch.randint(256, (settings.batch_size, channels, size, size), dtype=torch.uint8,
                            device=device)
@@ -1623,7 +1624,7 @@ def print_results(results):
         if name in results:
             form = "9.1%" if name.startswith("knn") else "9.2f"
             print(f"{title:28}{results[name]:{form}}  {results[f'{name}_untrained']:{form}}")
-    print(f"\n{results['seconds']:.0f} s, {results['images_per_second']:.0f} images/s; "
+    print(f"\n{results['seconds']:.0f} s, {results['images_per_second']:.0f} images/s in training; "
           f"masks.png, curves.png and the rest are in {results['settings']['out']}")
 
 

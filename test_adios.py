@@ -1169,16 +1169,17 @@ def test_a_compiled_step_is_the_plain_one(monkeypatch):
         torch.compile, backend=run_traced, fullgraph=True))
     for compiled in (False, True):
         torch.manual_seed(0)
-        games.append(make_game(compile=compiled, masks="adios", ssl="byol"))
-        reports.append([games[-1].play(shapes().images[:16], 0.1) for _ in range(3)])
+        games.append(game := make_game(compile=compiled, masks="adios", ssl="byol"))
+        game.model.double(), game.occluder.double()  # Adam magnifies float32's noise
+        fix_views(game.play_step.__self__)
+        reports.append([game.play(None, 0.1) for _ in range(3)])
         assert bool(traced) == compiled
     masks, *views = traced  # views without and with a gradient
     assert masks == (8, 0) and len(views) == 2 and len(set(views)) == 1 and views[0][1] >= 20
-    assert_close(*reports, rtol=1e-4, atol=1e-4)
+    assert_close(*reports)
     for network in ("model", "occluder"):
-        states = [snapshot(getattr(game, network)) for game in games]
-        assert_close(*states, rtol=1e-3, atol=3e-3)  # after three steps of 2e-3
-    adios.compute_metrics(games[1], shapes())
+        assert_close(*[snapshot(getattr(game, network)) for game in games], rtol=1e-5, atol=1e-6)
+    adios.compute_metrics(make_game(compile=True), shapes())
     assert len(traced) == 3
 
 def test_what_cannot_be_compiled_is_said_before_anything_is_loaded(refused, monkeypatch):
