@@ -1499,7 +1499,7 @@ def evaluate(settings):
     None for a folder of pictures without classes, on which masks are painted and that is all."""
     device, state = pick_device(settings.device), read_checkpoint(settings.evaluate)
     out, home, root = Path(settings.out), Path(settings.evaluate).parent, Path(settings.data_dir)
-    own = {home / settings.dataset: RUN_FILES[:1], home: ()}
+    own = {home / settings.dataset: RUN_FILES[:1], home: ()}  # these replace old evaluations
     check_folder(settings, own.get(out, RUN_FILES))
     torch.manual_seed(settings.seed)
     game = Game(settings, state["mean"], state["std"], device)
