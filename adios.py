@@ -87,8 +87,7 @@ def conv_block(c_in, c_out):
 
 def upsample(x, size):
     """Nearest-neighbour upsampling of x [B, C, H, H] to [B, C, size, size]."""
-    # Doubled by copies: interpolate's backward pass costs a step of adios-s on a GPU 1 ms of 28.
-    if size == 2 * x.shape[2] and x.is_contiguous():
+    if size == 2 * x.shape[2] and x.is_contiguous():  # saves a GPU 1 ms of 28 in a step of adios-s
         x = torch.stack((x, x), 4).flatten(3)
         return torch.stack((x, x), 3).flatten(2, 3)
     return F.interpolate(x, (size, size))
@@ -237,8 +236,7 @@ def pick_one(masks):
     return masks.take_along_dim(index, 1)
 
 
-# A view, the occluder's masks [B, N, H, H] or None, and the object's [B, 1, H, H] (`object*` only)
-# to what is hidden, [B, K, H, H].
+# A view, the occluder's masks (or None) and the object's, [B, 1, H, H], to what is hidden.
 SCHEMES = {
     "none": lambda view, masks, truth: torch.zeros_like(view[:, :1]),
     "mae": lambda view, masks, truth: hide_patches(view),
@@ -333,8 +331,7 @@ class Game:
         if WORLD > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.occluder = Occluder(settings.image_size, settings.num_masks, settings.occluder_width)
-        # Where torch has no group norm for channels-last memory, each block would convert it back
-        # and forth: there it stays contiguous.
+        # Contiguous where torch's group norm is: else each block would convert back and forth.
         probe = torch.empty(1, 8, 2, 2, device=device).to(memory_format=torch.channels_last)
         kept = F.group_norm(probe, 8).is_contiguous(memory_format=torch.channels_last)
         self.occluder_format = torch.channels_last if kept else torch.contiguous_format
