@@ -331,7 +331,7 @@ class Game:
         if WORLD > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.occluder = Occluder(settings.image_size, settings.num_masks, settings.occluder_width)
-        # Contiguous where torch's group norm is: else each block would convert back and forth.
+        # The format that torch's group norm returns: in another, each block would convert twice.
         probe = torch.empty(1, 8, 2, 2, device=device).to(memory_format=torch.channels_last)
         kept = F.group_norm(probe, 8).is_contiguous(memory_format=torch.channels_last)
         self.occluder_format = torch.channels_last if kept else torch.contiguous_format
@@ -539,7 +539,8 @@ class Settings:
     occluder_width: int = option("channels c of the occluder, a multiple of 8", None, 8, 1024)
     epochs: int = option("passes over the training images", None, 1, 10**6)
     batch_size: int = option("images a step, of all processes together", None, 2, 10**6)
-    lr: float = option("peak learning rate (byol, simsiam 0.002, vit_tiny 0.0005)", None, 1e-9, 10)
+    lr: float = option(f"peak learning rate ({', '.join(f'{k} {v}' for k, v in LOWER_LR.items())})",
+                       None, 1e-9, 10)
     occluder_lr: float = option("peak learning rate of the occluder", None, 0, 10)
     occluder_share: float = option("share of the run in which the occluder learns", 1.0, 1e-3, 1)
     weight_decay: float = option("of both networks, biases and norms excepted", 1e-4, 0, 10)
