@@ -45,7 +45,12 @@ import itertools
 import json
 import math
 import os
+import textwrap
 import time
+import unicodedata
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -55,14 +60,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from matplotlib import style
 from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
-from tqdm.auto import tqdm
-from tqdm.contrib.concurrent import thread_map
+from tqdm import tqdm
 
 # ==== Part one: the paper =========================================================================
 
@@ -83,14 +88,6 @@ def conv_block(c_in, c_out):
     """3×3 convolution, group norm, ReLU: [B, c_in, H, W] to [B, c_out, H, W]."""
     conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
     return nn.Sequential(conv, nn.GroupNorm(8, c_out), nn.ReLU(inplace=True))
-
-
-def upsample(x, size):
-    """Nearest-neighbour upsampling of x [B, C, H, H] to [B, C, size, size]."""
-    if size == 2 * x.shape[2] and x.is_contiguous():  # saves a GPU 1 ms of 28 in a step of adios-s
-        x = torch.stack((x, x), 4).flatten(3)
-        return torch.stack((x, x), 3).flatten(2, 3)
-    return F.interpolate(x, (size, size))
 
 
 class Occluder(nn.Module):
@@ -117,7 +114,7 @@ class Occluder(nn.Module):
             skips.append(x)
         x = self.mlp(x.flatten(1)).view(x.shape)  # sees the whole image at once
         for block, skip in zip(self.up, skips[::-1]):
-            x = block(torch.cat((upsample(x, skip.shape[2]), skip), 1))
+            x = block(torch.cat((F.interpolate(x, skip.shape[2:]), skip), 1))  # nearest neighbour
         return self.to_masks(x).float().softmax(1)
 
 
@@ -331,12 +328,9 @@ class Game:
         if WORLD > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.occluder = Occluder(settings.image_size, settings.num_masks, settings.occluder_width)
-        # The format that torch's group norm returns: in another, each block would convert twice.
-        probe = torch.empty(1, 8, 2, 2, device=device).to(memory_format=torch.channels_last)
-        kept = F.group_norm(probe, 8).is_contiguous(memory_format=torch.channels_last)
-        self.occluder_format = torch.channels_last if kept else torch.contiguous_format
-        self.model.to(device, memory_format=torch.channels_last)
-        self.occluder.to(device, memory_format=self.occluder_format)
+        self.memory_format = memory_format(device, settings.width)
+        for network in (self.model, self.occluder):
+            network.to(device, memory_format=self.memory_format)
         self.model_optimizer = make_optimizer(self.model, settings)
         self.occluder_optimizer = make_optimizer(self.occluder, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -359,7 +353,7 @@ class Game:
 
     def normalise(self, images):
         """Images [B, 3, H, H] in [0, 1] as the networks see them: 0 is the data's mean colour."""
-        return ((images - self.mean) / self.std).to(self.dtype, memory_format=torch.channels_last)
+        return ((images - self.mean) / self.std).to(self.dtype, memory_format=self.memory_format)
 
     def autocast(self):
         """Half precision where the device has it; a context for forward passes."""
@@ -378,24 +372,27 @@ class Game:
         if not self.learned:
             return None
         weights = {name: p.to(view.dtype) for name, p in self.occluder.named_parameters()}
-        return torch.func.functional_call(
-            self.occluder, weights, view.contiguous(memory_format=self.occluder_format))
+        return torch.func.functional_call(self.occluder, weights, view)
 
 
 @contextlib.contextmanager
 def frozen(model):
-    """Let gradients through a model but none into it: its weights and its batch norms' running
-    statistics stay as they are (batches are still normalised by their own statistics)."""
-    held = [(p, "requires_grad") for p in model.parameters()]
-    held += [(m, "track_running_stats") for m in model.modules()]
-    held = [(owner, name) for owner, name in held if getattr(owner, name, False)]
+    """Let gradients through a model but none into it: its weights and its batch and instance norms'
+    running statistics stay as they are (batches are still normalised by their own statistics). What
+    else a forward pass changes, such as spectral norm's vectors, is not held."""
+    held = [(p, "requires_grad", False) for p in model.parameters()]
+    held += [(m, "track_running_stats", False) for m in model.modules()
+             if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    held += [(m, "momentum", 0.0) for m in model.modules()
+             if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
+    before = [getattr(owner, name) for owner, name, _ in held]
     try:
-        for owner, name in held:
-            setattr(owner, name, False)
+        for owner, name, value in held:
+            setattr(owner, name, value)
         yield
     finally:
-        for owner, name in held:
-            setattr(owner, name, True)
+        for (owner, name, _), value in zip(held, before):
+            setattr(owner, name, value)
 
 
 # ==== Part two: what it takes to play =============================================================
@@ -475,6 +472,13 @@ def precision(device):
     return torch.bfloat16 if native else torch.float16
 
 
+def memory_format(device, width):
+    """Channels-last, the faster one, where it is right: oneDNN's gradients of thin ResNets
+    (uxlfoundation/oneDNN #6035) and PyTorch's on Apple's GPUs (#175189, #175190) are not."""
+    right = device.type == "cuda" or (device.type == "cpu" and width >= 16)
+    return torch.channels_last if right else torch.contiguous_format
+
+
 # Under torchrun each process takes its share of every batch.
 PROCESS = os.environ if dist.is_available() and dist.is_torchelastic_launched() else {}
 RANK, WORLD = int(PROCESS.get("RANK", 0)), int(PROCESS.get("WORLD_SIZE", 1))
@@ -524,7 +528,8 @@ def option(help, default, *allowed):
 
 @dataclass
 class Settings:
-    """All that decides a run. Raises AdiosError where a value is out of range."""
+    """All that decides a run. Raises AdiosError where a value is out of range. For another data
+    set, objective or encoder make new Settings: `replace` keeps the old one's rate and folder."""
 
     dataset: str = option("images to train on", "shapes", *PRESETS)
     data_dir: str = option("where data sets are, or are downloaded to", "data")
@@ -557,7 +562,8 @@ class Settings:
     out: str = option("folder for results (default: runs/<dataset>-<ssl>-<masks>)", "")
     resume: bool = option("go on from the checkpoint in --out", False)
     overwrite: bool = option("replace a run's files in --out", False)
-    evaluate: str = option("score the encoder of this checkpoint, with --dataset on other data", "")
+    evaluate: str = option("score the encoder of this checkpoint or run, with --dataset on other "
+                           "data", "")
     finetune: bool = option("with --evaluate: fine-tune the encoder, too", False)
     bench: bool = option("time a training step on random images", False)
 
@@ -584,6 +590,11 @@ class Settings:
                 "--evaluate goes without --bench and --compile: drop one of them")
         require(self.evaluate or not self.finetune, "--finetune needs --evaluate CHECKPOINT")
         self.out = self.out or f"runs/{self.dataset}-{self.ssl}-{self.masks}"
+        for name in ("out", "data_dir", "evaluate"):  # of one spelling: ~ expanded, no / at the end
+            path = os.path.expanduser(getattr(self, name))
+            setattr(self, name, os.path.normpath(path) if path else "")
+        if os.path.isdir(self.evaluate):
+            self.evaluate = os.path.join(self.evaluate, "checkpoint.pt")
 
 
 def flag(name):
@@ -882,16 +893,53 @@ def load_shapes(settings):
     return Data(images, labels, *tests["original"], list(INSIDE), tests, coverage[:, 0] >= 0.5)
 
 
+EXTENSIONS = {extension for extension, kind in Image.registered_extensions().items()
+              if kind in Image.OPEN and Image.MIME.get(kind, "").startswith("image/")}
+
+
 def is_picture(path):
-    """Whether a file is named as an image; hidden files are not."""
-    return os.path.basename(path)[0] != "." and datasets.folder.is_image_file(path)
+    """Whether a file is named as an image that Pillow reads; hidden files are not."""
+    return os.path.basename(path)[0] != "." and Path(path).suffix.lower() in EXTENSIONS
 
 
 def read_picture(path):
     """An image file, upright and in RGB; of an animation the first frame."""
     with Image.open(path) as image:
         require(image.mode[0] not in "IF", f"mode {image.mode}, not 8 bits a channel")
-        return ImageOps.exif_transpose(image).convert("RGB")
+        picture = image.convert("RGB")
+        picture.info.clear()  # one odd tag must not cost a sound picture: only the orientation stays
+        with contextlib.suppress(Exception):  # of tags that cannot be read at all
+            orientation = ExifTags.Base.Orientation
+            picture.getexif()[orientation] = image.getexif().get(orientation, 1)
+        return ImageOps.exif_transpose(picture)
+
+
+def find_left_out(folder, misplaced):
+    """Extensions of the files in a folder that are not read, hidden ones aside: those not named as
+    images, and the images that `misplaced`, a function of their folder, says so of. Raises
+    AdiosError that names what else would be missing unseen."""
+    extensions, lost = [], []
+    for place, folders, files in os.walk(folder, onerror=lambda error: lost.append(error.filename),
+                                         followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        lost += [os.path.join(place, name) for name in folders if is_picture(name)]
+        for path in (Path(place, name) for name in files if name[0] != "."):
+            if not is_picture(path):
+                extensions.append(path.suffix.lower() or "no extension")
+                lost += [str(path)] * (not path.exists())
+            elif misplaced(place):
+                extensions.append(f"{path.suffix} in the wrong place")
+    require(not lost, "links to nothing, or folders that cannot be entered or are named as images, "
+                      f"mend or remove them: {', '.join(sorted(lost))}")
+    return extensions
+
+
+def say_left_out(extensions):
+    """Say in one line which files were left out."""
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(Counter(extensions).items()))
+    if counts and not RANK:
+        print(f"adios: left out {len(extensions)} files that are not named as images: {counts}",
+              file=sys.stderr)
 
 
 class Pictures(datasets.ImageFolder):
@@ -899,11 +947,13 @@ class Pictures(datasets.ImageFolder):
 
     def __init__(self, root, split, download=True):
         super().__init__(root / split, loader=read_picture, is_valid_file=is_picture)
+        self.left_out = find_left_out(self.root, misplaced=lambda place: place == str(self.root))
 
     def find_classes(self, directory):
-        names = [name for name in super().find_classes(directory)[0] if name[0] != "."]
-        return names, {name: index for index, name in enumerate(names)}
-
+        folders = [name for name in super().find_classes(directory)[0] if name[0] != "."]
+        classes = [unicodedata.normalize("NFC", name) for name in folders]  # ü may be u and ¨, too
+        names = sorted(set(classes))
+        return names, {folder: names.index(name) for folder, name in zip(folders, classes)}
 
 FILES = {  # data sets: class, training images, test images, and the class's name for the labels
     "stl10": (datasets.STL10, "train+unlabeled", "test", "labels"),
@@ -929,7 +979,8 @@ def load_files(settings):
             splits |= {part: Pictures(root, place) for part, place in places.items()}
     except (OSError, RuntimeError, ValueError) as error:
         fix = "a folder needs train/<class>/ and val/<class>/ with images, a download a network"
-        raise AdiosError(f"--data-dir {root}: {error}; {fix}") from error
+        kinds = f" (read are {' '.join(sorted(EXTENSIONS))})" * (kind is Pictures)
+        raise AdiosError(f"--data-dir {root}: {error}; {fix}{kinds}") from error
     require(len(classes) > 1, f"--data-dir {root}: there must be two classes or more")
     size, labels, chosen, arrays = settings.image_size, [], [], []
     for split, data in splits.items():
@@ -941,13 +992,18 @@ def load_files(settings):
         labels.append(torch.as_tensor(getattr(data, labels_name))[rows].long())
         chosen += [(data, i) for i in rows.tolist()]
         if hasattr(data, "data"):  # an array: STL10's is [n, 3, H, W], CIFAR's [n, H, W, 3]
-            array = torch.from_numpy(data.data)[rows]
+            array = torch.from_numpy(data.data)
             array = array if array.shape[1] == 3 else array.permute(0, 3, 1, 2)
-            arrays.append(torch.cat([TF.resize(part, [size, size]) for part in array.split(1000)]))
+            if len(rows) < len(array) or array.shape[2] != size:  # else no copy: STL10 is 3 GB
+                array, whole = torch.empty(len(rows), 3, size, size, dtype=torch.uint8), array
+                for part, to in zip(rows.split(1000), array.split(1000)):
+                    to.copy_(TF.resize(whole[part], [size, size]))
+            arrays.append(array)
     if not arrays:
         names = [data.samples[i][0] if kind is Pictures else f"image {i}" for data, i in chosen]
         arrays = decode(lambda n: chosen[n][0][chosen[n][1]][0], names, size).split(
             [len(part) for part in labels])
+    say_left_out([name for data in splits.values() for name in getattr(data, "left_out", ())])
     parts = dict(zip(splits, zip(arrays, labels)))
     return Data(*parts.pop("train"), *parts.pop("val"), classes, parts)
 
@@ -955,12 +1011,8 @@ def load_files(settings):
 def decode(read, names, size):
     """The images read(0), … of these names as uint8 [n, 3, size, size]: short side resized to
     `size`, centre-cropped, by threads (Pillow works outside Python's lock). Raises AdiosError that
-    names those that cannot be read, or says how much memory they need."""
-    try:
-        images = torch.empty(len(names), 3, size, size, dtype=torch.uint8)
-    except RuntimeError as error:
-        need = f"{len(names) * 3 * size**2 / 1e9:.1f} GB of free memory"
-        raise AdiosError(f"images need {need}: give a smaller --image-size or --limit") from error
+    names those that cannot be read."""
+    images = torch.empty(len(names), 3, size, size, dtype=torch.uint8)
 
     def fill(n):
         try:
@@ -968,8 +1020,11 @@ def decode(read, names, size):
         except Exception as error:  # Pillow raises nearly anything
             return f"{names[n]} ({error})"
 
-    problems = thread_map(fill, range(len(names)), desc="decoding", delay=1, leave=False)
-    bad = list(filter(None, problems))
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's of tags, which do not name the file
+        problems = tqdm(pool.map(fill, range(len(names))), "decoding", len(names), delay=1,
+                        leave=False)
+        bad = list(filter(None, problems))
     more = f" and {len(bad) - 10} more" * (len(bad) > 10)
     require(not bad, f"not readable as images: {', '.join(bad[:10])}{more}; repair or remove them")
     return images
@@ -981,9 +1036,9 @@ def load_data(settings, device):
     where it cannot be had."""
     data = (load_shapes if settings.dataset == "shapes" else load_files)(settings)
     count, size = len(data.labels), data.images.nbytes + data.test_images.nbytes
-    labelled_classes = len(data.labels[data.labels >= 0].unique())
-    require(labelled_classes > 1,
-            f"--limit {settings.limit}: the labelled images are of one class; give more")
+    labelled = len(data.labels[data.labels >= 0].unique())  # classes
+    left = "labelled images of one class only" if labelled else "no labelled image"
+    require(labelled > 1, f"--limit {settings.limit} leaves {left}: give more")
     enough = settings.batch_size <= count or settings.evaluate
     require(enough, f"--batch-size {settings.batch_size}: give {count}, all images, or less")
     if device.type != "cuda" or size < torch.cuda.mem_get_info(device)[0] / 2:
@@ -1093,7 +1148,8 @@ COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#C
 
 def some(images):
     """Twelve of the images (or of their masks, or None), evenly spaced; all if there are fewer."""
-    return images if images is None else images[::max(1, len(images) // 12)][:12]
+    return images if images is None else images[
+        torch.linspace(0, len(images) - 1, min(12, len(images))).round().long()]
 
 
 def overlay(images, masks):
@@ -1106,6 +1162,8 @@ def overlay(images, masks):
 def plot_grid(rows, names, titles=None, colours=None):
     """A figure of rows of images [3 or 1, H, W] in [0, 1], with a name beside each row and, if
     given in the same layout, titles above the images and colours of titles and frames."""
+    titles = [[textwrap.fill(title.encode(errors="replace").decode(), 16, max_lines=3,
+                             placeholder="…") for title in row] for row in titles or ()]
     figure = Figure(figsize=(1.15 * len(rows[0]), 1.2 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for i, j in itertools.product(range(len(rows)), range(len(rows[0]))):
@@ -1113,7 +1171,7 @@ def plot_grid(rows, names, titles=None, colours=None):
         image = rows[i][j].expand(3, -1, -1).permute(1, 2, 0).cpu().clamp(0, 1).numpy()
         axis.imshow(image, interpolation="nearest")
         axis.set(xticks=[], yticks=[], ylabel="" if j else names[i])
-        axis.set_title(titles[i][j] if titles else "", fontsize=8, color=colour)
+        axis.set_title(titles[i][j] if titles else "", fontsize=8, color=colour, parse_math=False)
         axis.spines[:].set(color=colour, linewidth=0.5 if colour == "black" else 2.5)
     return figure
 
@@ -1138,15 +1196,20 @@ def film_frame(images, masks, epoch):
 
 
 def save_film(frames, file):
-    """Write frames as an animated GIF of less than a megabyte, five frames a second."""
+    """Write frames as an animated GIF of 64 colours, five frames a second."""
     times = [200] * (len(frames) - 1) + [3000]  # ms
-    for colours in (256, 128, 64, 32, 16):
-        content, (first, *others) = io.BytesIO(), [TF.to_pil_image(frame).quantize(
-            colours, dither=Image.Dither.NONE) for frame in frames]
-        first.save(content, "gif", save_all=True, append_images=others, duration=times, loop=0)
-        if content.tell() < 1e6:
-            break
-    file.write(content.getvalue())
+    first, *others = (TF.to_pil_image(frame).quantize(64, dither=Image.Dither.NONE)
+                      for frame in frames)
+    first.save(file, "gif", save_all=True, append_images=others, duration=times, loop=0)
+
+
+def save_figure(path, plot, *arguments):
+    """Write the figure plot(*arguments) as a PNG, in matplotlib's own style, not a user's, and
+    without warnings, as of letters that the font lacks."""
+    with style.context("default"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure = plot(*arguments)
+        write(path, lambda file: figure.savefig(file, format="png"))
 
 
 def plot_neighbours(data, train_rows, train_features, test_features):
@@ -1181,13 +1244,15 @@ def plot_curves(log):
 
 
 # ---- Training ------------------------------------------------------------------------------------
-# A run survives being cut off: no file is left incomplete, and order and crops follow from seed and
-# epoch alone, so that `--resume` goes on as if nothing had happened.
+# A run survives being cut off: no file is left incomplete, and order and crops follow from seed,
+# epoch, kind of device and number of processes alone, so that `--resume` goes on as if nothing had
+# happened.
 
-RUN_FILES = ("checkpoint.pt", "log.csv", "masks.png", "film.gif", "curves.png", "results.json",
-             "encoder.pt", "evaluation.json", "neighbours.png")
+EVALUATION_FILES = ("evaluation.json", "neighbours.png", "masks.png")
+RUN_FILES = ("checkpoint.pt", "log.csv", "film.gif", "curves.png", "results.json", "encoder.pt",
+             *EVALUATION_FILES)
 PARTS = ("model", "model_optimizer", "occluder", "occluder_optimizer", "scaler")
-VERSION = 3  # of checkpoints: what another one wrote cannot be used
+VERSION = 4  # of checkpoints: what another one wrote cannot be used
 
 
 def pick_device(name):
@@ -1199,7 +1264,7 @@ def pick_device(name):
         probe.cpu()  # `meta` is a device, too, but nothing comes back from it
         if probe.is_cuda:
             torch.cuda.set_device(probe.device)  # whose streams a captured step uses
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise AdiosError(f"--device {name} is not usable here: leave it out") from error
     return probe.device
 
@@ -1213,21 +1278,45 @@ def check_compiler(device):
         raise AdiosError(f"--compile does not work here, leave it out: {reason}") from error
 
 
-def check_folder(settings, files):
-    """Raise AdiosError if --out cannot be written to, or if it holds one of these files and
-    --overwrite is not given."""
-    out = Path(settings.out)
-    place = next(path for path in (out, *out.parents) if path.exists())
-    fits = place.is_dir() and os.access(place, os.W_OK)
+def files_of_run(out):
+    """The files in a folder that a run and later evaluations of its encoder leave there."""
+    own = [path for path in sorted(out.glob("*")) if path.name in RUN_FILES
+           or path.suffix == ".part" and path.stem.rpartition(".")[0] in RUN_FILES]
+    return own + [path for dataset in PRESETS for path in (out / dataset).rglob("*")
+                  if path.name in EVALUATION_FILES and not (path.parent / "log.csv").exists()]
+
+
+def check_folder(out, held=(), fix="name another"):
+    """Raise AdiosError if a folder cannot be written to, or if it holds these files."""
+    place = next((path for path in (out, *out.parents) if os.path.lexists(path)), None)
+    fits = place and place.is_dir() and os.access(place, os.W_OK)
     require(fits, f"--out {out} cannot be made or written to: name another")
-    there = ", ".join(name for name in files if os.path.lexists(out / name))
-    require(settings.overwrite or not there,
-            f"--out {out} holds {there}: give --overwrite, --resume or another --out")
+    names = ", ".join(os.path.relpath(path, out) for path in held)
+    require(not held, f"--out {out} holds {names}: {fix}")
+
+
+def claim(out, undo):
+    """Take a folder for a new run by making its log.csv, so that another one started at the same
+    time is refused. Closing `undo`, an ExitStack, gives it back. Raises AdiosError if it is taken."""
+    held = files_of_run(out)
+    if not held:
+        for path in (out, *out.parents)[::-1]:
+            if not path.exists():
+                path.mkdir(exist_ok=True)
+                undo.callback(path.rmdir)
+        try:
+            (out / "log.csv").touch(exist_ok=False)
+            undo.callback((out / "log.csv").unlink)
+        except FileExistsError:  # another one was faster
+            held, _ = files_of_run(out), undo.pop_all()
+    check_folder(out, held, "give --resume, --overwrite or another --out" if (
+        out / "checkpoint.pt").exists() else "give --overwrite or another --out (without "
+        "checkpoint.pt a run is just starting there, or was killed as it started)")
 
 
 def write(path, save):
     """Make a file, completely or not at all: save(file) fills one beside it, which replaces it."""
-    content, part = io.BytesIO(), path.with_name(path.name + ".part")
+    content, part = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.part")
     save(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1238,18 +1327,30 @@ def write(path, save):
         part.replace(path)
     except OSError as error:  # a full disk does not say where
         part.unlink(missing_ok=True)
-        fix = "make room; --resume goes on from a run's last checkpoint"
-        raise AdiosError(f"{path} cannot be written ({error.strerror}): {fix}") from error
+        raise AdiosError(f"{path} cannot be written ({error.strerror}): make room") from error
 
 
-def save_checkpoint(path, game, log, film, seconds):
-    """Write all that a run needs to go on. Optimizers' rates and options come from the settings."""
+def save_run(out, game, log, film, seconds):
+    """Write log.csv and, in checkpoint.pt, all that a run needs to go on. Optimizers' rates and
+    options come from the settings."""
+    names = {name: name for row in log for name in row}
+    lines = [",".join(str(row.get(name, "")) for name in names) for row in (names, *log)]
+    write(out / "log.csv", lambda file: file.write("\n".join([*lines, ""]).encode()))
     state = {name: getattr(game, name).state_dict() for name in PARTS}
     for part in state.values():
         part.pop("param_groups", None)
-    state |= dict(version=VERSION, settings=asdict(game.settings), log=log, film=film,
-                  seconds=seconds, mean=game.mean.cpu(), std=game.std.cpu())
-    write(path, lambda file: torch.save(state, file))
+    state |= dict(version=VERSION, settings=asdict(game.settings), processes=WORLD, log=log,
+                  film=film, seconds=seconds, mean=game.mean.cpu(), std=game.std.cpu())
+    write(out / "checkpoint.pt", lambda file: torch.save(state, file))
+
+
+def draw_run(out, game, data, log, film):
+    """Draw curves.png, masks.png and, where masks are learned, film.gif."""
+    images, truth = some(data.test_images), some(data.test_masks)
+    save_figure(out / "curves.png", plot_curves, log)
+    save_figure(out / "masks.png", plot_masks, images, predict_masks(game, images, truth))
+    if film:
+        write(out / "film.gif", lambda file: save_film(film, file))
 
 
 def read_checkpoint(path):
@@ -1260,7 +1361,7 @@ def read_checkpoint(path):
         gone = sorted(map(flag, state["settings"].keys() - {f.name for f in fields(Settings)}))
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise AdiosError(f"{path} is damaged or no checkpoint of adios.py's: name another, or "
-                         "train anew with --overwrite") from error
+                         "train anew") from error
     had = f", which had {', '.join(gone)}" * bool(gone)
     require(state.get("version") == VERSION and not gone,
             f"{path} is of another version of adios.py{had}: use that one, or train anew")
@@ -1280,12 +1381,11 @@ def restore(game, state, parts=PARTS):
             part.load_state_dict(saved)
 
 
-def check_finite(step, values):
-    """Raise AdiosError if, at a step (its number), one of the values, by name, is not finite."""
-    odd = [name for name, value in values.items() if not math.isfinite(value)]
-    painted = any(name.startswith("area") for name in odd)
-    network, rate = ("occluder", "--occluder-lr") if painted else ("encoder", "--lr")
-    require(not odd, f"the {network}'s numbers are not finite at step {step}: try a smaller {rate}")
+def check_finite(step, encoder, occluder):
+    """Raise AdiosError if, at a step (its number), a sum of a network's numbers is not finite."""
+    network, rate = ("encoder", "--lr") if math.isfinite(occluder) else ("occluder", "--occluder-lr")
+    require(math.isfinite(encoder + occluder),
+            f"the {network}'s numbers are not finite at step {step}: try a smaller {rate}")
 
 
 def warn(row, change, warned):
@@ -1324,13 +1424,13 @@ def train_epoch(game, data, epoch, bar):
         if len(pending) == 10 or i == count - 1:  # to read numbers is to wait for the device
             for report in pending:
                 steps.append({name: value.item() for name, value in report.items()})
-                check_finite((epoch - 1) * count + len(steps), steps[-1])
+                areas = sum(value for name, value in steps[-1].items() if name.startswith("area"))
+                check_finite((epoch - 1) * count + len(steps), steps[-1]["loss"], areas)
             pending.clear()
             values = ", ".join(f"{name} {value:.2f}" for name, value in steps[-1].items())
             bar.set_postfix_str(f"epoch {epoch}/{epochs}, {values}")
-    occluder, model = (sum(p.sum() for p in network.parameters()).item()
-                       for network in (game.occluder, game.model))  # after the last update, too
-    check_finite(epoch * count, {"area": occluder, "loss": model})
+    check_finite(epoch * count, *(sum(p.sum() for p in network.parameters()).item()
+                                  for network in (game.model, game.occluder)))  # as they are now
     row = {name: torch.tensor([step[name] for step in steps if name in step]).mean().item()
            for name in {**steps[-1], **steps[0]}}  # the occluder may have learned in some only
     speed = count * size / (time.perf_counter() - start)
@@ -1341,9 +1441,9 @@ def play_epochs(game, data, out, log, film, seconds):
     """Play what is left of the run after the epochs in `log` and the frames in `film`, which grow,
     and the seconds they took. Process 0 computes metrics, draws and saves on the way. Returns the
     seconds of all."""
-    epochs, shown, truth = game.settings.epochs, some(data.test_images), some(data.test_masks)
+    epochs, shown, warned = game.settings.epochs, some(data.test_images), set()
     size = len(data.images) // game.settings.batch_size * game.settings.batch_size
-    masks, warned = predict_masks(game, shown, truth), set()
+    masks = predict_masks(game, shown) if game.learned else torch.zeros(1)
     if game.learned and not log:
         film.append(film_frame(shown[:8], masks[:8], 0))
     with tqdm(total=epochs * size, initial=len(log) * size, unit="img", disable=RANK > 0) as bar:
@@ -1355,19 +1455,15 @@ def play_epochs(game, data, out, log, film, seconds):
             log.append(row)
             if game.learned and (epoch % math.ceil(epochs / 39) == 0 or epoch == epochs):
                 film.append(film_frame(shown[:8], predict_masks(game, shown[:8]), epoch))
-            if epoch % max(1, min(10, epochs // 4)) == 0 or epoch == epochs:
+            look = epoch % max(1, min(10, epochs // 4)) == 0 or epoch == epochs
+            if look:
                 row |= compute_metrics(game, data)
-                before, masks = masks, predict_masks(game, shown, truth)
+                before, masks = masks, predict_masks(game, shown) if game.learned else masks
                 warn(row, (masks - before).abs().mean().item(), warned)
-                write(out / "curves.png", plot_curves(log).savefig)
-                write(out / "masks.png", plot_masks(shown, masks).savefig)
-                if film:
-                    write(out / "film.gif", lambda file: save_film(film, file))
-            names = {name: name for row in log for name in row}
-            lines = [",".join(str(row.get(name, "")) for name in names) for row in (names, *log)]
-            write(out / "log.csv", lambda file: file.write("\n".join([*lines, ""]).encode()))
             seconds += time.perf_counter() - start
-            save_checkpoint(out / "checkpoint.pt", game, log, film, seconds)
+            save_run(out, game, log, film, seconds)
+            if look and epoch < epochs:
+                draw_run(out, game, data, log, film)
     return seconds
 
 
@@ -1384,41 +1480,51 @@ def train(settings):
         free = ("data_dir", "device", "cuda_graph", "compile", "out", "resume", "overwrite")
         odd = [f"{flag(name)} {was}" for name, was in state["settings"].items()
                if name not in free and was != getattr(settings, name)]
+        odd += [f"{state['processes']} processes"] * (state["processes"] != WORLD)
         require(not odd, f"--resume: the checkpoint has {', '.join(odd)}: give the same")
-    check_folder(settings, () if state else RUN_FILES)
     if settings.compile:
         check_compiler(device)
-    if RANK:
-        dist.barrier()  # process 0 downloads, then the others load
-    data = load_data(settings, device)
-    if WORLD > 1 and not RANK:
-        dist.barrier()
-    torch.manual_seed(settings.seed)
-    game = Game(settings, *((state["mean"], state["std"]) if state else data.statistics()), device)
-    untrained = {f"{name}_untrained": value for name, value in compute_metrics(game, data).items()}
-    log, film, seconds = [], [], 0.0
-    if state:
-        log, film, seconds = state["log"], state["film"], state["seconds"]
-        restore(game, state)
+    with contextlib.ExitStack() as undo:
+        if RANK:
+            dist.barrier()  # process 0 downloads, then the others load
+        else:
+            check_folder(out)
+            if not (state or settings.overwrite):
+                claim(out, undo)
+        data = load_data(settings, device)
+        if WORLD > 1 and not RANK:
+            dist.barrier()
+        torch.manual_seed(settings.seed)
+        statistics = (state["mean"], state["std"]) if state else data.statistics()
+        game = Game(settings, *statistics, device)
+        metrics = compute_metrics(game, data)
+        log, film, seconds = [], [], 0.0
+        if state:
+            log, film, seconds = state["log"], state["film"], state["seconds"]
+            restore(game, state)
+        elif not RANK:
+            for path in files_of_run(out):  # of the run that is overwritten
+                if path.name != "log.csv":  # which claims the folder
+                    path.unlink()
+            save_run(out, game, log, film, seconds)
+        undo.pop_all()
     if not RANK:
         millions = sum(p.numel() for p in game.model.encoder.parameters()) / 1e6
         print(f"{settings.dataset}: {len(data.images):,} images of {settings.image_size} px in "
               f"{len(data.classes)} classes, on {data.images.device} | {settings.ssl}, "
               f"{settings.encoder} of {millions:.2f} M parameters | {settings.masks} | "
               f"{WORLD} × {device}, {str(game.dtype)[6:]}")
-    if not RANK and not state:
-        for name in RUN_FILES:  # of the run that is overwritten
-            (out / name).unlink(missing_ok=True)
-        save_checkpoint(out / "checkpoint.pt", game, log, film, seconds)
     seconds = play_epochs(game, data, out, log, film, seconds)
     if RANK:
         return None
-    results = {name: log[-1][name] for name in METRICS if name in log[-1]} | untrained
+    results = {name: log[-1][name] for name in METRICS if name in log[-1]}
+    results |= {f"{name}_untrained": value for name, value in metrics.items()}
     results |= {"seconds": seconds, "settings": asdict(settings),
                 "images_per_second": sum(row["images_per_second"] for row in log) / len(log)}
     encoder = {name: value.cpu() for name, value in game.model.encoder.state_dict().items()}
     write(out / "encoder.pt", lambda file: torch.save(encoder, file))
     write(out / "results.json", lambda file: file.write(json.dumps(results, indent=2).encode()))
+    draw_run(out, game, data, log, film)  # last, since a picture must not cost a number
     return results
 
 
@@ -1497,16 +1603,21 @@ def evaluate(settings):
     None for a folder of pictures without classes, on which masks are painted and that is all."""
     device, state = pick_device(settings.device), read_checkpoint(settings.evaluate)
     out, home, root = Path(settings.out), Path(settings.evaluate).parent, Path(settings.data_dir)
-    own = {home / settings.dataset: RUN_FILES[:1], home: ()}  # these replace old evaluations
-    check_folder(settings, own.get(out, RUN_FILES))
+    held = [] if out == home or settings.overwrite else files_of_run(out)
+    if home in out.parents and out / "log.csv" not in held:
+        held = []  # an earlier evaluation of this encoder
+    check_folder(out, held, "name another --out")
     torch.manual_seed(settings.seed)
     game = Game(settings, state["mean"], state["std"], device)
     restore(game, state, ("model", "occluder"))
     if settings.dataset == "folder" and root.is_dir() and not (root / "train").exists():
-        if names := some(sorted(filter(is_picture, os.listdir(root)))):
+        if names := sorted(filter(is_picture, os.listdir(root))):
             require(game.learned, "--evaluate: this checkpoint has no masks to paint on pictures")
-            images = decode(lambda n: read_picture(root / names[n]), names, settings.image_size)
-            write(out / "masks.png", plot_masks(images, predict_masks(game, images)).savefig)
+            left_out = find_left_out(root, misplaced=lambda place: place != str(root))
+            paths = [root / names[row] for row in some(torch.arange(len(names)))]
+            images = decode(lambda n: read_picture(paths[n]), paths, settings.image_size)
+            say_left_out(left_out)
+            save_figure(out / "masks.png", plot_masks, images, predict_masks(game, images))
             print(f"{root} has no train/<class>/: masks on its pictures are in {out / 'masks.png'}")
             return None
     data = load_data(settings, device)
@@ -1526,10 +1637,6 @@ def evaluate(settings):
         if game.learned:
             results["iou_masks"] = object_iou(predict_masks(game, images), truth)
         results |= colour_iou(images.cpu(), truth, settings.seed)
-    if out != home and game.learned:
-        shown = some(data.test_images)
-        write(out / "masks.png", plot_masks(shown, predict_masks(game, shown)).savefig)
-    write(out / "neighbours.png", plot_neighbours(data, rows, train[0], test_features).savefig)
     scores = {"linear": probe(test_features)}
     if settings.finetune:  # last, since it changes the encoder
         scores["finetuned"] = finetune(game, data)
@@ -1538,6 +1645,10 @@ def evaluate(settings):
     content = json.dumps(results | {"settings": asdict(settings)}, indent=2)
     write(out / "evaluation.json", lambda file: file.write(content.encode()))
     print("\n".join(f"{name:24}{value:8.3f}" for name, value in results.items()))
+    save_figure(out / "neighbours.png", plot_neighbours, data, rows, train[0], test_features)
+    if out != home and game.learned:
+        shown = some(data.test_images)
+        save_figure(out / "masks.png", plot_masks, shown, predict_masks(game, shown))
     print(f"\nevaluation.json and neighbours.png are in {out}")
     return results
 
@@ -1552,11 +1663,8 @@ def bench(settings):
     device, grey = pick_device(settings.device), torch.full((1, 3, 1, 1), 0.5)
     if settings.compile:
         check_compiler(device)
-    kinds = {"step": settings, "eager step": replace(settings, cuda_graph=False, compile=False),
-             "plain SimCLR": replace(settings, ssl="simclr", masks="none")}
-    games = {name: Game(kind, grey, grey, device) for name, kind in kinds.items()}
-    if games["step"].play_step == games["step"].step:
-        del games["eager step"]  # the same
+    games = {"step": Game(settings, grey, grey, device), "plain SimCLR": Game(
+        replace(settings, ssl="simclr", masks="none"), grey, grey, device)}
     channels, size = 3 + settings.masks.startswith("object"), settings.image_size
     images = torch.randint(256, (settings.batch_size, channels, size, size), dtype=torch.uint8,
                            device=device)
@@ -1599,6 +1707,8 @@ def parse(argv=None):
         help = f.metadata["help"] + f" [{default}]" * bool(default)
         parser.add_argument(flag(f.name), help=help, **kind)
     given = vars(parser.parse_args(argv))
+    given |= {name: getattr(Settings(**{name: given[name]}), name)  # of one spelling
+              for name in ("evaluate", "data_dir") if name in given}
     if "evaluate" in given:
         saved, home = read_checkpoint(given["evaluate"])["settings"], Path(given["evaluate"]).parent
         other = [name for name, value in given.items() if value != saved.get(name)]
@@ -1610,7 +1720,10 @@ def parse(argv=None):
                                  out=str(home))
         dataset = given.get("dataset", saved["dataset"])
         if "dataset" in other or (dataset == "folder" and "data_dir" in other):
-            inherited |= dict(limit=0, data_dir=Settings.data_dir, out=str(home / dataset))
+            place = home / dataset
+            if dataset == "folder":
+                place /= Path(given.get("data_dir", Settings.data_dir)).absolute().name
+            inherited |= dict(limit=0, data_dir=Settings.data_dir, out=str(place))
         given = inherited | given
     return Settings(**given)
 
@@ -1628,11 +1741,16 @@ def print_results(results):
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # it may be closed
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # letters that a terminal or pipe does not know
+        setattr(sys, name, stream)
+    checkpoint = None
     try:
         settings = parse(argv)
+        if not (settings.evaluate or settings.bench):
+            checkpoint = Path(settings.out, "checkpoint.pt")
         if WORLD > 1:
             other = settings.bench or settings.evaluate
             require(not other, "torchrun is for training: give --bench and --evaluate to python")
@@ -1647,12 +1765,18 @@ def main(argv=None):
             print_results(results)
         return 0
     except KeyboardInterrupt:
-        print("\nadios: stopped; --resume goes on from a run's last checkpoint", file=sys.stderr)
+        hint = "; --resume goes on from its last checkpoint"
+        print("\nadios: stopped" + hint * bool(checkpoint and checkpoint.exists()), file=sys.stderr)
         return 130
     except (AdiosError, OSError) as error:
         problem = " ".join(str(error).split())  # one line
-    except torch.OutOfMemoryError:
-        problem = "the GPU's memory is too small: give a smaller --batch-size or --image-size"
+    except (MemoryError, RuntimeError) as error:
+        small = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not small and "allocate memory" not in str(error):
+            time.sleep(5 * (WORLD > 1))  # torchrun ends this process if it was another that failed
+            raise
+        problem = "memory is too small: give a smaller --batch-size, --image-size or --limit"
+    time.sleep(5 * (RANK > 0))  # all processes make the same mistake: the first one says so
     print(f"adios: error: {problem}", file=sys.stderr)
     return 2
 

@@ -173,13 +173,6 @@ def test_masks_share_out_every_pixel(size, plan):
     masks[:, 0].square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in occluder.parameters())
 
-@parametrize("small, large", [(6, 12), (6, 11), (5, 5)])
-def test_upsampling_is_that_of_interpolate(small, large):
-    x = torch.randn(2, 3, small, small, requires_grad=True)
-    ours, theirs = ((y, *torch.autograd.grad(y.square().sum(), x)) for y in (
-        adios.upsample(x, large), F.interpolate(x, (large, large))))
-    assert_close(ours, theirs)
-
 @parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_the_occluder_in_half_precision(device):
     """All of it, norms included, is bfloat16 and without autocast; its masks are float32."""
@@ -647,8 +640,6 @@ def test_damaged_files_are_named_at_once(refused):
     refused(*flags(**FOLDER), says=" and 4 more")
 
 def test_what_is_wrong_with_a_folder_is_said_before_it_is_decoded(refused, monkeypatch):
-    with pytest.raises(AdiosError, match=r"3145728\.0 GB"):
-        adios.decode(lambda n: pytest.fail("decoded"), range(10**9), 1024)
     monkeypatch.setattr(adios, "decode", None)
     args = flags(**FOLDER)
     write_folder("e", ("cat",))
@@ -785,22 +776,27 @@ def test_evaluation_on_other_data(reference, refused, capsys, light):
         Path(path).parent.mkdir()
         Path(path).write_text("not a picture")
     before, args = files_in("o"), ["--evaluate=o/checkpoint.pt", "--dataset=folder"]
-    refused(*args, "--data-dir=d", "--out=mine", says="masks.png")
-    refused(*args, "--data-dir=e", says="train/<class>/")
+    refused(*args, "--data-dir=d", "--out=mine", says="holds masks.png: name another")
+    refused(*args, "--data-dir=e", says=" .avif ")  # what could be read
     assert adios.main([*args, "--data-dir=d", "--device=cpu"]) == 0
-    assert files_in("o/folder").keys() == {"evaluation.json", "neighbours.png", "masks.png"}
+    assert files_in("o/folder/d").keys() == {"evaluation.json", "neighbours.png", "masks.png"}
     assert adios.main([*args, "--data-dir=d", "--finetune", "--epochs=1", "--batch-size=8"]) == 0
-    scores = scores_in("o/folder")
+    scores, earlier = scores_in("o/folder/d"), files_in("o/folder/d")
     assert scores["linear_original"] == scores["linear_top1"] <= scores["linear_top5"]
     assert scores["linear_background_gap"] == 0 and "finetuned_top5" in scores
-    shutil.rmtree("o/folder")
     Image.new("RGB", (50, 40)).save("e/0.jpg")
-    assert adios.main([*args, "--data-dir=e"]) == 0
-    assert files_in("o") == before and files_in("o/folder").keys() == {"masks.png"}
-    assert f"{Path('o/folder/masks.png')}" in capsys.readouterr().out
-    assert adios.main(["--evaluate=o/checkpoint.pt"]) == 0 and scores_in("o")
+    assert adios.main([*args, "--data-dir=e/"]) == 0
+    assert files_in("o") == before and files_in("o/folder/e").keys() == {"masks.png"}
+    assert files_in("o/folder/d") == earlier
+    assert f"{Path('o/folder/e/masks.png')}" in capsys.readouterr().out
+    assert adios.main(["--evaluate=o"]) == 0 and scores_in("o")  # a run's folder
+    shutil.copytree(reference, "o/shapes")  # a run of its own
+    Path("o/folder/e/notes.txt").write_text("mine")
+    refused(*flags(out="o"), says="folder/e/masks.png: give --resume, --overwrite")
     assert adios.main(flags(out="o", epochs=1, masks="mae", overwrite=True)) == 0
     assert not {"evaluation.json", "neighbours.png", "film.gif"} & files_in("o").keys()
+    assert not files_in("o/folder/d") and files_in("o/folder/e").keys() == {"notes.txt"}
+    assert files_in("o/shapes") == files_in(reference)
     refused(*args, "--data-dir=e", "--out=p", says="masks")
     refused("--evaluate=o/checkpoint.pt", "--masks=none", says="the checkpoint has")
 
@@ -831,7 +827,7 @@ def test_pictures_show_what_they_are_given():
     for frames in ([frame, frame.flip(0)], [frame, *noise]):
         content.seek(0), content.truncate(), adios.save_film(frames, content)
         film = Image.open(content)
-        assert film.n_frames == len(frames) and content.tell() < 1e6
+        assert film.n_frames == len(frames)
         assert_close(v2.functional.pil_to_tensor(film.convert("RGB")), frame, atol=20, rtol=0)
 
 PROCESS = """
@@ -983,7 +979,7 @@ def cut_at(patch, owner, name, call, error):
 
 @parametrize("owner, name, call, error", [
     *((adios, name, call, Cut) for name, call in (
-        ("compute_metrics", 3), ("plot_masks", 2), ("save_checkpoint", 3), ("augment", 3),
+        ("compute_metrics", 3), ("plot_masks", 2), ("save_run", 3), ("augment", 3),
         ("augment", 5), ("write", 1), ("write", 5), ("write", 14))),
     *((os, "fsync", call, OSError(errno.ENOSPC, "No space left on device")) for call in (1, 4, 9)),
     (adios, "train_epoch", 3, KeyboardInterrupt), (os, "fsync", 9, KeyboardInterrupt)])
@@ -1023,8 +1019,8 @@ def test_killed_runs_go_on(request):
     for n, moment in enumerate(torch.rand(20).tolist()):
         with contextlib.suppress(subprocess.TimeoutExpired):  # which kills
             subprocess.run([*command, f"--out={n}"], timeout=moment * seconds, capture_output=True)
-        resume = ["--resume"] * Path(f"{n}/checkpoint.pt").exists()
-        subprocess.run([*command, f"--out={n}", *resume], check=True, capture_output=True)
+        again = "--resume" if Path(f"{n}/checkpoint.pt").exists() else "--overwrite"
+        subprocess.run([*command, f"--out={n}", again], check=True, capture_output=True)
         equal_runs("reference", f"{n}")
 
 @parametrize("step, network, name", [(3, "model", "encoder"), (4, "model", "encoder"),
