@@ -66,6 +66,7 @@ from matplotlib.figure import Figure
 from PIL import ExifTags, Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torchvision import datasets
+from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -581,6 +582,8 @@ class Settings:
                 good = good and allowed[0] <= value <= allowed[1]
                 right += f" from {allowed[0]} to {allowed[1]}"
             require(good, f"{flag(f.name)} {value}: give {right}")
+            if value and f.name in ("data_dir", "out", "evaluate"):  # a path, in one spelling
+                value = os.path.normpath(os.path.expanduser(value))
             setattr(self, f.name, value)
         require(self.occluder_width % 8 == 0, "--occluder-width: give a multiple of 8")
         require(self.dataset == "shapes" or not self.masks.startswith("object") or self.evaluate,
@@ -590,11 +593,6 @@ class Settings:
                 "--evaluate goes without --bench and --compile: drop one of them")
         require(self.evaluate or not self.finetune, "--finetune needs --evaluate CHECKPOINT")
         self.out = self.out or f"runs/{self.dataset}-{self.ssl}-{self.masks}"
-        for name in ("out", "data_dir", "evaluate"):  # of one spelling: ~ expanded, no / at the end
-            path = os.path.expanduser(getattr(self, name))
-            setattr(self, name, os.path.normpath(path) if path else "")
-        if os.path.isdir(self.evaluate):
-            self.evaluate = os.path.join(self.evaluate, "checkpoint.pt")
 
 
 def flag(name):
@@ -603,25 +601,8 @@ def flag(name):
 
 
 # ---- Encoders ------------------------------------------------------------------------------------
-# Any encoder will do. ResNet-18 (arXiv 1512.03385) is written out, under torchvision's parameter
-# names, so that weights load both ways; `width` thins it for small runs.
-
-
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions around a shortcut: [B, c_in, H, W] to [B, c_out, H/s, W/s]."""
-
-    def __init__(self, c_in, c_out, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out)
-        self.downsample = nn.Identity() if stride == 1 and c_in == c_out else nn.Sequential(
-            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
-
-    def forward(self, x):
-        y = self.bn1(self.conv1(x)).relu_()
-        return (self.bn2(self.conv2(y)) + self.downsample(x)).relu_()
+# Any encoder will do. ResNet-18 (arXiv 1512.03385) is here with a width, to thin it for small runs,
+# under torchvision's parameter names, so that weights load both ways.
 
 
 class ResNet18(nn.Module):
@@ -634,9 +615,11 @@ class ResNet18(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
         for stage, (c_in, c_out) in enumerate(((1, 1), (1, 2), (2, 4), (4, 8)), 1):
+            c_in, c_out = c_in * width, c_out * width
+            shortcut = None if stage == 1 else nn.Sequential(
+                nn.Conv2d(c_in, c_out, 1, 2, bias=False), nn.BatchNorm2d(c_out))
             self.add_module(f"layer{stage}", nn.Sequential(
-                BasicBlock(c_in * width, c_out * width, 1 if stage == 1 else 2),
-                BasicBlock(c_out * width, c_out * width, 1)))
+                BasicBlock(c_in, c_out, 1 if stage == 1 else 2, shortcut), BasicBlock(c_out, c_out)))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -915,20 +898,18 @@ def read_picture(path):
 
 
 def find_left_out(folder, misplaced):
-    """Extensions of the files in a folder that are not read, hidden ones aside: those not named as
-    images, and the images that `misplaced`, a function of their folder, says so of. Raises
-    AdiosError that names what else would be missing unseen."""
+    """Extensions of the files in a folder that are not read, hidden ones aside: not named as images
+    or in a place of which `misplaced` says so. Raises AdiosError that names what else would be
+    missing unseen."""
     extensions, lost = [], []
     for place, folders, files in os.walk(folder, onerror=lambda error: lost.append(error.filename),
                                          followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         lost += [os.path.join(place, name) for name in folders if is_picture(name)]
         for path in (Path(place, name) for name in files if name[0] != "."):
-            if not is_picture(path):
+            if not is_picture(path) or misplaced(path.parent):
                 extensions.append(path.suffix.lower() or "no extension")
                 lost += [str(path)] * (not path.exists())
-            elif misplaced(place):
-                extensions.append(f"{path.suffix} in the wrong place")
     require(not lost, "links to nothing, or folders that cannot be entered or are named as images, "
                       f"mend or remove them: {', '.join(sorted(lost))}")
     return extensions
@@ -938,8 +919,8 @@ def say_left_out(extensions):
     """Say in one line which files were left out."""
     counts = ", ".join(f"{name} {count}" for name, count in sorted(Counter(extensions).items()))
     if counts and not RANK:
-        print(f"adios: left out {len(extensions)} files that are not named as images: {counts}",
-              file=sys.stderr)
+        print(f"adios: left out {len(extensions)} file{'s' * (len(extensions) > 1)} that are not named "
+              f"as images, or not where images are looked for: {counts}", file=sys.stderr)
 
 
 class Pictures(datasets.ImageFolder):
@@ -947,7 +928,7 @@ class Pictures(datasets.ImageFolder):
 
     def __init__(self, root, split, download=True):
         super().__init__(root / split, loader=read_picture, is_valid_file=is_picture)
-        self.left_out = find_left_out(self.root, misplaced=lambda place: place == str(self.root))
+        self.left_out = find_left_out(self.root, lambda place: place == root / split)
 
     def find_classes(self, directory):
         folders = [name for name in super().find_classes(directory)[0] if name[0] != "."]
@@ -1095,7 +1076,6 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
     """Weighted k-NN (arXiv 1805.01978, section 3.4): the share, 0 to 1, of test labels int64 [m]
     that win most votes. The k nearest training features vote for their label (int64 [n], none
     negative, as of unlabelled images) with weight exp(cosine similarity / temperature)."""
-    require((train_labels >= 0).all(), "unlabelled images (label -1) among the training features")
     similarity, nearest = nearest_neighbours(train_features, test_features, k)
     votes = similarity.new_zeros(len(similarity), int(train_labels.max()) + 1).scatter_add(
         1, train_labels.to(nearest.device)[nearest], ((similarity - 1) / temperature).exp())
@@ -1255,8 +1235,9 @@ PARTS = ("model", "model_optimizer", "occluder", "occluder_optimizer", "scaler")
 VERSION = 4  # of checkpoints: what another one wrote cannot be used
 
 
-def pick_device(name):
-    """The torch device of that name, or for `auto` the fastest that there is."""
+def pick_device(name, compile=False):
+    """The torch device of that name, or for `auto` the fastest that there is. Raises AdiosError if
+    it or, if asked for, torch.compile does not work here."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
@@ -1266,24 +1247,19 @@ def pick_device(name):
             torch.cuda.set_device(probe.device)  # whose streams a captured step uses
     except (RuntimeError, AssertionError, ImportError) as error:
         raise AdiosError(f"--device {name} is not usable here: leave it out") from error
-    return probe.device
-
-
-def check_compiler(device):
-    """Raise AdiosError if torch.compile does not work on a device."""
     try:
-        torch.compile(torch.sin)(torch.zeros(1, device=device))
+        torch.compile(torch.sin)(probe) if compile else None
     except RuntimeError as error:  # no C compiler, no Triton, an old GPU
         reason = str(error).split("\n\n")[0]  # hints for developers follow
         raise AdiosError(f"--compile does not work here, leave it out: {reason}") from error
+    return probe.device
 
 
 def files_of_run(out):
     """The files in a folder that a run and later evaluations of its encoder leave there."""
-    own = [path for path in sorted(out.glob("*")) if path.name in RUN_FILES
-           or path.suffix == ".part" and path.stem.rpartition(".")[0] in RUN_FILES]
-    return own + [path for dataset in PRESETS for path in (out / dataset).rglob("*")
-                  if path.name in EVALUATION_FILES and not (path.parent / "log.csv").exists()]
+    return [out / name for name in RUN_FILES if os.path.lexists(out / name)] + [
+        path for dataset in PRESETS for path in (out / dataset).rglob("*")
+        if path.name in EVALUATION_FILES and not (path.parent / "log.csv").exists()]
 
 
 def check_folder(out, held=(), fix="name another"):
@@ -1298,20 +1274,18 @@ def check_folder(out, held=(), fix="name another"):
 def claim(out, undo):
     """Take a folder for a new run by making its log.csv, so that another one started at the same
     time is refused. Closing `undo`, an ExitStack, gives it back. Raises AdiosError if it is taken."""
-    held = files_of_run(out)
-    if not held:
-        for path in (out, *out.parents)[::-1]:
-            if not path.exists():
-                path.mkdir(exist_ok=True)
-                undo.callback(path.rmdir)
-        try:
-            (out / "log.csv").touch(exist_ok=False)
-            undo.callback((out / "log.csv").unlink)
-        except FileExistsError:  # another one was faster
-            held, _ = files_of_run(out), undo.pop_all()
-    check_folder(out, held, "give --resume, --overwrite or another --out" if (
-        out / "checkpoint.pt").exists() else "give --overwrite or another --out (without "
-        "checkpoint.pt a run is just starting there, or was killed as it started)")
+    fix = "give --resume, --overwrite or another --out" if (out / "checkpoint.pt").exists() else (
+        "give --overwrite or another --out (a run is starting there, or was killed as it started)")
+    check_folder(out, files_of_run(out), fix)
+    if not out.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        undo.callback(os.removedirs, out)
+    try:
+        (out / "log.csv").touch(exist_ok=False)
+    except FileExistsError:  # another one was faster
+        undo.pop_all()
+        check_folder(out, [out / "log.csv"], fix)
+    undo.callback((out / "log.csv").unlink)
 
 
 def write(path, save):
@@ -1358,13 +1332,12 @@ def read_checkpoint(path):
     require(os.path.exists(path), f"there is no checkpoint {path}: train first, or name another")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        gone = sorted(map(flag, state["settings"].keys() - {f.name for f in fields(Settings)}))
+        known = state["settings"].keys() == {f.name for f in fields(Settings)}
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise AdiosError(f"{path} is damaged or no checkpoint of adios.py's: name another, or "
                          "train anew") from error
-    had = f", which had {', '.join(gone)}" * bool(gone)
-    require(state.get("version") == VERSION and not gone,
-            f"{path} is of another version of adios.py{had}: use that one, or train anew")
+    require(state.get("version") == VERSION and known,
+            f"{path} is of another version of adios.py: use that one, or train anew")
     return state
 
 
@@ -1472,7 +1445,7 @@ def train(settings):
     Into settings.out go masks.png, film.gif (if masks are learned), curves.png, log.csv and
     checkpoint.pt, renewed on the way, and results.json and encoder.pt in the end. Raises AdiosError
     for what a user can fix."""
-    device, out = pick_device(settings.device), Path(settings.out)
+    device, out = pick_device(settings.device, settings.compile), Path(settings.out)
     shared = settings.batch_size % WORLD == 0 and settings.batch_size >= 2 * WORLD
     require(shared, f"--batch-size: give a multiple of {WORLD}, from {2 * WORLD} up")
     state = read_checkpoint(out / "checkpoint.pt") if settings.resume else None
@@ -1482,15 +1455,13 @@ def train(settings):
                if name not in free and was != getattr(settings, name)]
         odd += [f"{state['processes']} processes"] * (state["processes"] != WORLD)
         require(not odd, f"--resume: the checkpoint has {', '.join(odd)}: give the same")
-    if settings.compile:
-        check_compiler(device)
     with contextlib.ExitStack() as undo:
         if RANK:
             dist.barrier()  # process 0 downloads, then the others load
-        else:
+        elif state or settings.overwrite:
             check_folder(out)
-            if not (state or settings.overwrite):
-                claim(out, undo)
+        else:
+            claim(out, undo)
         data = load_data(settings, device)
         if WORLD > 1 and not RANK:
             dist.barrier()
@@ -1613,7 +1584,7 @@ def evaluate(settings):
     if settings.dataset == "folder" and root.is_dir() and not (root / "train").exists():
         if names := sorted(filter(is_picture, os.listdir(root))):
             require(game.learned, "--evaluate: this checkpoint has no masks to paint on pictures")
-            left_out = find_left_out(root, misplaced=lambda place: place != str(root))
+            left_out = find_left_out(root, lambda place: place != root)
             paths = [root / names[row] for row in some(torch.arange(len(names)))]
             images = decode(lambda n: read_picture(paths[n]), paths, settings.image_size)
             say_left_out(left_out)
@@ -1660,26 +1631,20 @@ def bench(settings):
     """Time steps on random images, in turn with those of plain SimCLR with the same encoder. Prints
     and returns medians: milliseconds a step, images/s, `simclr_steps`, what a step costs in steps
     of plain SimCLR, and on a GPU the peak memory in MB."""
-    device, grey = pick_device(settings.device), torch.full((1, 3, 1, 1), 0.5)
-    if settings.compile:
-        check_compiler(device)
-    games = {"step": Game(settings, grey, grey, device), "plain SimCLR": Game(
-        replace(settings, ssl="simclr", masks="none"), grey, grey, device)}
+    device, grey = pick_device(settings.device, settings.compile), torch.full((1, 3, 1, 1), 0.5)
+    kinds = {"step": settings, "plain SimCLR": replace(settings, ssl="simclr", masks="none")}
+    games = {name: Game(kind, grey, grey, device) for name, kind in kinds.items()}
     channels, size = 3 + settings.masks.startswith("object"), settings.image_size
-    images = torch.randint(256, (settings.batch_size, channels, size, size), dtype=torch.uint8,
-                           device=device)
-    steps = 1 if device.type == "cpu" else 10  # to wait for a GPU takes time of its own
-    times = {name: [] for name in games}
-    while len(times["step"]) < 6 or time.perf_counter() - start < 10:
-        for name, game in tqdm(games.items(), f"round {len(times['step']) + 1}", leave=False):
-            since = time.perf_counter()
+    images = torch.randint(256, (settings.batch_size, channels, size, size), device=device).byte()
+    steps, times = 1 if device.type == "cpu" else 20, {name: [] for name in games}
+    for _ in tqdm(range(11), leave=False):
+        for name, game in games.items():
+            start = time.perf_counter()
             for _ in range(steps):
                 loss = game.play(images, 0.0)["loss"]
             loss.item()  # waits for the device
-            times[name].append((time.perf_counter() - since) / steps)
-        if len(times["step"]) == 1:  # the first round warms up
-            start = time.perf_counter()
-    times = {name: torch.tensor(times[name][1:]) for name in games}
+            times[name].append((time.perf_counter() - start) / steps)
+    times = {name: torch.tensor(times[name][1:]) for name in games}  # the first round warms up
     results = {"simclr_steps": (times["step"] / times["plain SimCLR"]).median().item()}
     for name in games:
         seconds = times[name].median().item()
@@ -1707,10 +1672,12 @@ def parse(argv=None):
         help = f.metadata["help"] + f" [{default}]" * bool(default)
         parser.add_argument(flag(f.name), help=help, **kind)
     given = vars(parser.parse_args(argv))
-    given |= {name: getattr(Settings(**{name: given[name]}), name)  # of one spelling
-              for name in ("evaluate", "data_dir") if name in given}
     if "evaluate" in given:
+        path = os.path.expanduser(given["evaluate"])
+        given["evaluate"] = path + "/checkpoint.pt" * os.path.isdir(path)  # of a run
         saved, home = read_checkpoint(given["evaluate"])["settings"], Path(given["evaluate"]).parent
+        if "data_dir" in given:
+            given["data_dir"] = Settings(data_dir=given["data_dir"]).data_dir  # in one spelling
         other = [name for name, value in given.items() if value != saved.get(name)]
         for name in other:
             fixed = name in ("image_size", "ssl", "encoder", "width", "small_stem", "masks",
