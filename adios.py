@@ -1674,7 +1674,8 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv))
     if "evaluate" in given:
         path = os.path.expanduser(given["evaluate"])
-        given["evaluate"] = path + "/checkpoint.pt" * os.path.isdir(path)  # of a run
+        path += "/checkpoint.pt" * os.path.isdir(path)  # of a run
+        given["evaluate"] = os.path.normpath(path)
         saved, home = read_checkpoint(given["evaluate"])["settings"], Path(given["evaluate"]).parent
         if "data_dir" in given:
             given["data_dir"] = Settings(data_dir=given["data_dir"]).data_dir  # in one spelling
@@ -1713,6 +1714,7 @@ def main(argv=None):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # letters that a terminal or pipe does not know
         setattr(sys, name, stream)
+    warnings.filterwarnings("ignore", module="sklearn")  # one-colour images have too few clusters
     checkpoint = None
     try:
         settings = parse(argv)

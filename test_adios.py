@@ -11,13 +11,18 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
+import tracemalloc
+import unicodedata
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
 import hypothesis
+import matplotlib
 import numpy as np
 import pytest
 import scipy.io
@@ -161,6 +166,37 @@ def test_resnet18_is_torchvisions():
         for mode in (True, False):
             assert_close(ours.train(mode)(x), theirs.train(mode)(x))
 
+FORMATS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import adios
+for width, size, threads in ((w, s, t) for w in range(1, 25) for s in (32, 64) for t in (1, 2)):
+    torch.set_num_threads(threads)
+    found = []
+    for form in (torch.contiguous_format, adios.memory_format(torch.device("cpu"), width)):
+        torch.manual_seed(0)
+        network = adios.ResNet18(width).to(memory_format=form)
+        images, weights = torch.randn(16, 3, size, size), torch.randn(8 * width)
+        (network(images.contiguous(memory_format=form)) * weights).sum().backward()
+        found.append([p.grad for p in network.parameters()])
+    assert all((a - b).norm() < 0.1 * a.norm() for a, b in zip(*found)), (width, size, threads)
+"""
+
+@parametrize("instructions", ["AVX2", "DEFAULT"])
+def test_gradients_are_right_in_the_memory_format_of_each_width(instructions):
+    """Whatever a CPU has: in channels-last, thin networks die or are off by 0.6 and more of the norm
+    with AVX2. A ReLU that flips with rounding moves a gradient by up to 0.08."""
+    done = subprocess.run([sys.executable, "-c", FORMATS, HERE], capture_output=True, text=True,
+                          env=os.environ | dict(ONEDNN_MAX_CPU_ISA=instructions), timeout=300)
+    assert done.returncode == 0, done.stderr
+    formats = [adios.memory_format(torch.device(device), width) for device, width in (
+        ("cuda", 8), ("cpu", 16), ("cpu", 15), ("mps", 64), ("xpu", 64))]
+    assert formats == [torch.channels_last] * 2 + [torch.contiguous_format] * 3
+    game = make_game(width=16)
+    assert {network.is_contiguous(memory_format=torch.channels_last) for network in (
+        game.model.encoder.conv1.weight, game.occluder.down[1][0].weight, fix_views(game)[0][1])
+    } == {True}
+
 @parametrize("size, plan", [(32, "1222"), (50, "1222"), (64, "11222"), (96, "11222"),
                             (128, "111222"), (224, "111222")])
 def test_masks_share_out_every_pixel(size, plan):
@@ -209,7 +245,8 @@ def test_each_move_leaves_the_other_network_untouched(ssl, monkeypatch):
 
 def test_frozen_puts_back_what_was_there():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4).requires_grad_(False), torch.nn.BatchNorm1d(
-        4, track_running_stats=False), torch.nn.BatchNorm1d(4))
+        4, track_running_stats=False), torch.nn.BatchNorm1d(4), torch.nn.Unflatten(1, (2, 2)),
+        torch.nn.InstanceNorm1d(2, track_running_stats=True), torch.nn.Flatten())
     before, x = snapshot(model), torch.randn(8, 4, requires_grad=True)
     for _ in range(2):
         with pytest.raises(KeyError), adios.frozen(model):
@@ -218,7 +255,8 @@ def test_frozen_puts_back_what_was_there():
             assert all(p.grad is None for p in model.parameters())
             raise KeyError
         assert [p.requires_grad for p in model.parameters()] == [False] * 2 + [True] * 4
-        assert [norm.track_running_stats for norm in model[1:]] == [False, True]
+        assert [norm.track_running_stats for norm in model[1:3]] == [False, True]
+        assert model[4].track_running_stats and model[4].momentum == 0.1
 
 @parametrize("updates", ["alternating", "simultaneous"])
 @parametrize("scheme", adios.LEARNED)
@@ -525,10 +563,23 @@ def write_stl10(root, **counts):
 
 def test_stl10_trains_on_the_unlabelled_and_scores_on_the_labelled(monkeypatch, light):
     write_stl10("d")
+    made, load = [], datasets.STL10.__init__
+    monkeypatch.setattr(datasets.STL10, "__init__", lambda self, *a, **k: made.append(self) or load(
+        self, *a, **k))
+    tracemalloc.start()
     data = adios.load_data(Settings(dataset="stl10", data_dir="d", batch_size=16), CPU)
+    peak, _ = tracemalloc.get_traced_memory()[1], tracemalloc.stop()
+    assert peak < 2.2 * data.images.nbytes + data.test_images.nbytes  # torchvision's, and no copy
+    assert [part.data.ctypes.data for part in made] == [
+        data.images.data_ptr(), data.test_images.data_ptr()]
+    few = adios.load_data(Settings(dataset="stl10", data_dir="d", batch_size=16, limit=30), CPU)
+    assert few.images.untyped_storage().nbytes() == 30 * 3 * 96**2  # and the rest is let go
     assert data.images.shape == (80, 3, 96, 96) and (data.images[:, 0, :, 0] == 7).all()
     assert sorted(data.labels.tolist()) == [-1] * 40 + sorted([*range(10)] * 4)
     assert data.test_images.shape == (40, 3, 96, 96) and data.test_labels[9:11].tolist() == [9, 0]
+    write_stl10("e", train=1, unlabeled=60)
+    with pytest.raises(AdiosError, match="--limit 2 leaves no labelled image"):
+        adios.load_data(Settings(dataset="stl10", data_dir="e", batch_size=2, limit=2), CPU)
     banks, knn = [], adios.knn_accuracy
     monkeypatch.setattr(adios, "knn_accuracy", lambda *a: banks.append(a[1]) or knn(*a))
     results = adios.train(Settings(**FOLDER | dict(dataset="stl10", image_size=32, epochs=1)))
@@ -575,16 +626,18 @@ def write_folder(root, classes=("cat", "dog"), count=8):
 def load_folder(**changes):
     return adios.load_data(Settings(**FOLDER | changes), CPU)
 
-def test_folder_is_resized_cropped_and_labelled():
+def test_folder_is_resized_cropped_and_labelled(capsys):
     write_folder("d")
     tall = np.zeros((200, 100, 3), np.uint8)
     tall[50:150] = 255  # the middle square
     Image.fromarray(tall).save("d/val/cat/0.png")
     for name in (".ipynb_checkpoints", "._cat"):  # what systems leave there
         shutil.copytree("d/train/cat", f"d/train/{name}")
-    for name in ("train/.DS_Store", "train/cat/._photo.jpg", "val/dog/.DS_Store", "val/a.txt"):
+    for name in ("train/.DS_Store", "train/cat/._photo.jpg", "val/dog/.DS_Store", "val/a.txt",
+                 "train/cat/b.HEIC", "train/dog/c.heic", "train/montage.jpg", "val/cat/README"):
         Path("d", name).write_bytes(b"not a picture")
     data = load_folder()
+    assert capsys.readouterr().err.endswith(": .heic 2, .jpg 1, .txt 1, no extension 1\n")
     assert data.images.shape == (16, 3, 64, 64) and data.classes == ["cat", "dog"]
     assert data.labels.tolist() == data.test_labels.tolist() == [0] * 8 + [1] * 8
     assert [tuple(image[:, 30, 30].tolist()) for image in data.images] == [
@@ -612,10 +665,43 @@ def test_images_of_all_kinds_are_read(refused):
     assert data.classes == ["Bär und Öl", "cat"] and (data.labels == 0).sum() == 7
     assert (means[[0, 1, 2, 3, 5]] - 100).abs().max() <= 2 and means[4].tolist() == [0, 0, 0]
     assert data.images[6, :, :, 40:].min() > 200 and data.images[6, :, :, :24].max() < 50
+    image_width, resolution_unit, orientation = 0x100, 0x128, 0x112
+    odd = ({image_width: -5, orientation: 6}, {resolution_unit: 90000}, {})
+    for n, tags in enumerate(odd):  # which are not to cost sound pixels
+        entries = b"".join(struct.pack("<HHIi", tag, 9, 1, tags[tag]) for tag in sorted(tags))
+        exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries
+        photo.save(f"d/val/cat/{n}.jpg", exif=exif if tags else b"Exif\0\0nonsense")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = load_folder(batch_size=2)
+    turned, *others = data.test_images[[7, 9, 11]]  # 0.jpg, 1.jpg and 2.jpg of cat
+    assert turned[:, :, 40:].min() > 200 and all(other[:, :24].min() > 200 for other in others)
     for mode, pixels in (("I", np.int32), ("I;16", np.uint16), ("F", np.float32)):
         Image.fromarray(np.full((64, 64), 100, pixels)).save(f"d/val/cat/{mode[-1]}.tif")
         for says in (f"{Path('d/val/cat', mode[-1])}.tif (", f"mode {mode},"):
             refused(*flags(**FOLDER), says=says)
+
+def test_all_that_pillow_reads_is_read_and_nothing_is_lost_in_silence(refused, monkeypatch):
+    write_folder("d", ("ü", "dog"))
+    for n, kind in enumerate(("avif", "gif", "jfif")):
+        Image.new("RGB", (64, 64), (9 * n, 0, 0)).save(f"d/val/dog/{n}.{kind}")
+    os.rename("d/val/ü", Path("d/val", unicodedata.normalize("NFD", "ü")))
+    data = load_folder()
+    assert data.classes == ["dog", "ü"] and data.test_labels.tolist() == [0] * 11 + [1] * 8
+    for path, make in (("d/val/cow", lambda path: os.symlink("nowhere", path)),
+                       ("d/train/dog/more", lambda path: os.symlink("nowhere", path)),
+                       ("d/train/dog/9.png", os.mkdir)):
+        make(path)
+        refused(*flags(**FOLDER), says=f"mend or remove them: {Path(path)}")
+        os.rmdir(path) if os.path.isdir(path) else os.remove(path)
+    Path("d/train/dog/more").mkdir()
+    scan, forbidden = os.scandir, PermissionError(errno.EACCES, "", "d/train/dog/more")
+    def scan_unless_forbidden(path):
+        if str(path) == forbidden.filename:
+            raise forbidden
+        return scan(path)
+    monkeypatch.setattr(os, "scandir", scan_unless_forbidden)
+    refused(*flags(**FOLDER), says=f"mend or remove them: {forbidden.filename}")
 
 def test_limit_takes_a_seeded_part_and_decodes_nothing_else(monkeypatch):
     write_folder("d")
@@ -788,6 +874,13 @@ def test_evaluation_on_other_data(reference, refused, capsys, light):
     assert files_in("o/folder/d") == earlier
     assert f"{Path('o/folder/e/masks.png')}" in capsys.readouterr().out
     assert adios.main(["--evaluate=o"]) == 0 and scores_in("o")  # a run's folder
+    assert adios.parse(["--evaluate=o", "--data-dir=./data/"]).out == "o"  # its own data
+    write_folder("f", ("of one", "colour"), 9)
+    for path in Path("f").rglob("*.png"):
+        Image.new("RGB", (40, 40)).save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert adios.main([*args, "--data-dir=f"]) == 0
     shutil.copytree(reference, "o/shapes")  # a run of its own
     Path("o/folder/e/notes.txt").write_text("mine")
     refused(*flags(out="o"), says="folder/e/masks.png")
@@ -827,6 +920,32 @@ def test_pictures_show_what_they_are_given():
         film = Image.open(content)
         assert film.n_frames == len(frames)
         assert_close(v2.functional.pil_to_tensor(film.convert("RGB")), frame, atol=20, rtol=0)
+
+def test_pictures_are_the_same_whatever_a_user_set():
+    """And whatever classes are called; long names stay apart."""
+    names = ["a$%$b", "\udcff", "漢字", "001.Black_footed_Albatross_of_the_North", "dog"]
+    data = adios.Data(*[torch.zeros(12, n, 8, 8).byte() if n else torch.arange(12) % 5
+                        for n in (3, 0, 3, 0)], names, {})
+    features = torch.randn(12, 4)
+    def draw():
+        adios.save_figure(Path("p.png"), lambda: figures.append(adios.plot_neighbours(
+            data, torch.arange(12), features, features)) or figures[-1])
+        return Path("p.png").read_bytes()
+    figures, expected = [], None
+    odd = {"savefig.format": "pdf", "text.usetex": True, "image.origin": "lower", "font.size": 40}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = draw()
+        with matplotlib.rc_context(odd):
+            assert draw() == expected and expected.startswith(b"\x89PNG")
+    boxes = [axis.title.get_window_extent() for axis in figures[0].axes]
+    rows = [boxes[n:n + 9] for n in range(0, len(boxes), 9)]
+    assert len(rows) == 12 and not any(a.x1 > b.x0 for row in rows for a, b in zip(row, row[1:]))
+    for count in range(1, 60):
+        rows = adios.some(torch.arange(count)).tolist()
+        steps = {b - a for a, b in zip(rows, rows[1:])}
+        assert len(rows) == min(count, 12) and max(steps, default=1) - min(steps, default=1) <= 1
+        assert rows[0] == 0 and rows[-1] == count - 1 and 0 not in steps
 
 PROCESS = """
 import sys, torch, torch.distributed as dist
@@ -872,6 +991,19 @@ def test_two_processes_play_one_game():
         for kept in (first, second):
             assert_close(kept[ssl][1], joined, atol=1e-5, rtol=1e-3)
     assert done.stdout.count("64 images of 32 px") == 1 and "results.json" in files_in("o")
+
+def test_one_process_of_several_says_what_is_wrong():
+    """Be it a mistake of all or of the first one, for which the others wait."""
+    Path("taken").write_text("")
+    for n, wrong in enumerate(("--out=taken/o", "--epochs=0")):
+        command = ("-m torch.distributed.run --standalone --nproc-per-node=2 --redirects=3 "
+                   f"--log-dir=logs{n}").split()
+        done = subprocess.run([sys.executable, *command, HERE / "adios.py", *flags(), wrong],
+                              capture_output=True, env=os.environ | dict(CUDA_VISIBLE_DEVICES=""))
+        first, second = (next(Path(f"logs{n}").rglob(f"{rank}/stderr.log")).read_text()
+                         for rank in range(2))
+        assert done.returncode and second == "" and first.startswith("adios: error: --")
+        assert first.count("\n") == 1
 
 def test_each_process_draws_crops_of_its_own(monkeypatch, refused):
     drawn, seen = set(), set()
@@ -949,6 +1081,9 @@ def test_command_line_end_to_end():
     named = re.findall(r"--[a-z][a-z-]+", (HERE / "README.md").read_text("utf-8"))
     assert set(named) <= known | {"--help", "--nproc-per-node", "--no-cuda-graph"}
     assert "images a step, of all processes together [shapes 128, stl10 256" in text
+    done = subprocess.run(["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, HERE / "adios.py",
+                           *flags(epochs=1, out="p")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "k-NN" in done.stdout  # without a bar
     done = run("--epochs", "0")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "adios: error: --epochs 0: give int from 1 to 1000000\n"
@@ -980,7 +1115,8 @@ def cut_at(patch, owner, name, call, error):
         ("compute_metrics", 3), ("plot_masks", 2), ("save_run", 3), ("augment", 3),
         ("augment", 5), ("write", 1), ("write", 5), ("write", 14))),
     *((os, "fsync", call, OSError(errno.ENOSPC, "No space left on device")) for call in (1, 4, 9)),
-    (adios, "train_epoch", 3, KeyboardInterrupt), (os, "fsync", 9, KeyboardInterrupt)])
+    (adios, "train_epoch", 3, KeyboardInterrupt), (os, "fsync", 9, KeyboardInterrupt),
+    (adios, "load_data", 1, KeyboardInterrupt)])
 def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(
         monkeypatch, capsys, light, reference, owner, name, call, error):
     """In the midst of anything; by a full disk and Ctrl-C, which end it in one line, too."""
@@ -989,7 +1125,7 @@ def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(
         assert adios.main(flags(out="o")) == (130 if error is KeyboardInterrupt else 2)
         *_, line = capsys.readouterr().err.splitlines()
         assert line.startswith("adios: ") and error is not Cut
-        assert "--resume" in line if error is KeyboardInterrupt else (
+        assert ("--resume" in line) == (call > 1) if error is KeyboardInterrupt else (
             f"error: {Path('o')}" in line and str(error.strerror) in line)
         assert error is KeyboardInterrupt or not [*Path("o").glob("*.part")]
     assert adios.main(flags(out="o", resume=call > 1)) == 0  # after the first write, resumed
@@ -1064,7 +1200,7 @@ def test_warnings_are_said_once_each(capsys, light):
     ("--encoder vit_tiny --image-size 37 --limit 128", "--image-size 37"),
     ("--batch-size 64 --limit 63", "--batch-size 64"), ("--occluder-width 12", "multiple of 8"),
     ("--batch-size 2 --limit 1", "--limit 1"), ("--device abacus", "--device abacus"),
-    ("--device meta", "--device meta"), (f"--out {'x' * 300}", "x" * 300),
+    ("--device meta", "--device meta"), ("--device hpu", "--device hpu"), (f"--out {'x' * 300}", "x" * 300),
     ("--out /proc/self --limit 128", "--out /proc/self"), ("--resume --overwrite", "drop one"),
     ("--dataset folder --data-dir nowhere", "nowhere"), ("--resume", "no checkpoint runs"),
     ("--dataset stl10", "--data-dir data: "), ("--evaluate .", "."),
@@ -1093,11 +1229,56 @@ def test_runs_are_neither_overwritten_nor_mixed(refused, reference, light, monke
     refused(*flags(out="o"), says="--overwrite")
     for says in ("--seed 0", "--masks adios-s", "small-stem"):
         refused(*flags(out="o", resume=True, seed=1, masks="adios", small_stem=True), says=says)
+    torch.save(weights("o")[1] | dict(processes=4), "o/checkpoint.pt")
+    refused(*flags(out="o", resume=True), says="the checkpoint has 4 processes: give the same")
     os.remove("o/checkpoint.pt")
     refused(*flags(out="o"), says="results.json")
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    refused(*flags(out="~/o"), says="o holds")
+    refused("--evaluate=~/o/", says=f"no checkpoint {Path.cwd()}/o/checkpoint.pt")
+    os.symlink("nowhere", "link")
+    refused(*flags(out="link/o"), says="--out link/o cannot be made or written to")
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)  # a drive that is not there
+    refused(*flags(out="p"), says="--out p cannot be made or written to")
+    monkeypatch.undo()
     for name in ("results.json", "log.csv"):
         Path(name).write_text("mine")
         refused(*flags(out="."), says=name)
+
+def test_two_runs_started_at_once_do_not_share_a_folder(monkeypatch, capsys, light):
+    """The second is refused before it loads data; parts of files are each process's own."""
+    load, sync, parts = adios.load_data, os.fsync, []
+    def start_another(*arguments):
+        monkeypatch.setattr(adios, "load_data", load)
+        capsys.readouterr()
+        for taken in (adios.files_of_run, lambda out: []):  # also at the same moment
+            monkeypatch.setattr(adios, "files_of_run", taken)
+            assert adios.main(flags(out="a/o")) == 2
+            line, = capsys.readouterr().err.splitlines()
+            assert "o holds log.csv: give --overwrite or another" in line
+        return load(*arguments)
+    monkeypatch.setattr(adios, "load_data", start_another)
+    monkeypatch.setattr(os, "fsync", lambda number: parts.extend(Path("a/o").glob("*.part")))
+    assert adios.main(flags(out="a/o", epochs=1)) == 0
+    assert json.loads(Path("a/o/results.json").read_text())["knn"] >= 0
+    assert parts and all(str(os.getpid()) in part.name for part in parts)
+    monkeypatch.setattr(adios, "load_data", lambda *_: adios.require(False, "no data"))
+    assert adios.main(flags(out="b/o", epochs=1)) == 2 and not Path("b").exists()
+
+def test_a_picture_never_costs_numbers(monkeypatch, capsys, light):
+    def fail(*_):
+        raise RuntimeError("a picture")
+    for name in ("plot_curves", "plot_masks", "plot_neighbours"):
+        monkeypatch.setattr(adios, name, fail)
+    for epochs in (2, 1):  # on the way and in the end
+        with pytest.raises(RuntimeError, match="a picture"):
+            adios.main(flags(out=f"{epochs}", epochs=epochs))
+        assert len(weights(f"{epochs}")[1]["log"]) == 1
+        assert len(Path(f"{epochs}/log.csv").read_text().splitlines()) == 2
+    assert {"results.json", "encoder.pt"} <= files_in("1").keys()
+    with pytest.raises(RuntimeError, match="a picture"):
+        adios.main(["--evaluate=1"])
+    assert scores_in("1") and "knn_top1" in capsys.readouterr().out
 
 class Payload:
     def __reduce__(self):  # what a checkpoint must not be able to do
@@ -1120,7 +1301,9 @@ def test_odd_checkpoints(refused, reference):
 @parametrize("error, says", [
     (torch.OutOfMemoryError("CUDA out of memory.\nTried to"), "--batch-size"),
     (PermissionError(errno.EACCES, "Permission denied", "a/b"), "Permission denied"),
-    (OSError("no network\nat all"), "no network at all"), (ZeroDivisionError(), None)])
+    (MemoryError(), "memory is too small"), (OSError("no network\nat all"), "no network at all"),
+    (RuntimeError("alloc_cpu.cpp: DefaultCPUAllocator: can't allocate memory"), "--limit"),
+    (ZeroDivisionError(), None), (RuntimeError("wrong shapes"), None)])
 def test_errors_from_outside_are_one_line(monkeypatch, refused, error, says):
     cut_at(monkeypatch, adios, "train", 1, error)
     if says:
@@ -1262,6 +1445,30 @@ def test_data_are_learned_on_a_gpu():
     assert results["knn"] > 0.6 and results["knn"] > results["knn_shuffled_background"]
 
 # ---- The README and the notebook -----------------------------------------------------------------
+def test_the_readmes_code_runs_as_it_stands(monkeypatch):
+    """Its files are from a GPU, and this machine has none."""
+    _, take_away, own_loop = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text("utf-8"),
+                                        re.DOTALL)
+    out = Path("runs/stl10-simclr-adios-s")
+    out.mkdir(parents=True)
+    network, mean = adios.ResNet18(64), torch.full((1, 3, 1, 1), 0.5)
+    torch.save(network.state_dict(), out / "encoder.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(dict(mean=mean, std=mean / 2), out / "checkpoint.pt")
+    names = dict(torch=torch, torchvision=torchvision, images=torch.rand(2, 3, 64, 64))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    exec(take_away, names)
+    assert_close(names["features"], network.eval()((names["images"] - 0.5) / 0.25))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 96**2, 8))
+    names |= dict(model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1),
+                  view_a=torch.randn(4, 3, 96, 96), view_b=torch.randn(4, 3, 96, 96),
+                  ssl_loss=lambda a, b: adios.nt_xent(a, b, 0.2))
+    before = snapshot(model)
+    exec(own_loop, names)
+    assert names["gain"].isfinite() and not same(model, before)
+    assert all(p.grad.abs().sum() > 0 for p in names["occluder"].parameters())
+
 @parametrize("which", ["saved", "run"])
 def test_the_notebook(tmp_path, which):
     nbclient, nbformat, _ = map(pytest.importorskip, ("nbclient", "nbformat", "ipykernel"))
