@@ -40,6 +40,7 @@ if sys.version_info < (3, 10):
 import argparse
 import contextlib
 import copy
+import glob
 import io
 import itertools
 import json
@@ -57,14 +58,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from matplotlib import style
 from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
-from PIL import ExifTags, Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
+from torch import distributed as dist
 from torchvision import datasets
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
@@ -100,10 +101,9 @@ class Occluder(nn.Module):
         super().__init__()
         depth = int(math.log2(image_size) - 1)
         channels = [width] * (depth - 3) + [2 * width] * 3
-        self.down = nn.ModuleList(conv_block(c_in, c_out) for c_in, c_out in
-                                  zip([3, *channels], channels))
-        self.up = nn.ModuleList(conv_block(2 * c_in, c_out) for c_in, c_out in
-                                zip(channels[::-1], [*channels[-2::-1], width]))
+        self.down = nn.ModuleList(map(conv_block, [3, *channels], channels))
+        joined = [2 * c for c in channels[::-1]]  # with the skip connections
+        self.up = nn.ModuleList(map(conv_block, joined, [*channels[-2::-1], width]))
         flat = channels[-1] * math.ceil(image_size / 2**(depth - 1))**2
         self.mlp = mlp(flat, 128, 128, flat, norm=nn.Identity).append(nn.ReLU())
         self.to_masks = nn.Conv2d(width, num_masks, 1)
@@ -139,9 +139,8 @@ class Embedding(NamedTuple):
 
 
 def nt_xent(z_a, z_b, temperature):
-    """NT-Xent (SimCLR, arXiv 2002.05709, equation 1) of embeddings [B, D], normalised here: the
-    cross-entropy of picking each view's counterpart among the 2B − 1 others by cosine similarity /
-    temperature, mean over all 2B views."""
+    """NT-Xent (SimCLR, arXiv 2002.05709, equation 1) of embeddings [B, D], normalised here: the mean
+    cross-entropy of picking a view's counterpart among 2B − 1 others by cosine / temperature."""
     z = F.normalize(torch.cat((z_a, z_b)).float())
     similarity = (z @ z.T / temperature).fill_diagonal_(-math.inf)  # [2B, 2B]
     return F.cross_entropy(similarity, torch.arange(len(z), device=z.device).roll(len(z_a)))
@@ -381,18 +380,16 @@ def frozen(model):
     """Let gradients through a model but none into it: its weights and its batch and instance norms'
     running statistics stay as they are (batches are still normalised by their own statistics). What
     else a forward pass changes, such as spectral norm's vectors, is not held."""
-    held = [(p, "requires_grad", False) for p in model.parameters()]
-    held += [(m, "track_running_stats", False) for m in model.modules()
-             if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    held += [(m, "momentum", 0.0) for m in model.modules()
-             if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
-    before = [getattr(owner, name) for owner, name, _ in held]
+    held = [(p, "requires_grad") for p in model.parameters()]
+    held += [(m, name) for m in model.modules() if m.training
+             for name in ("track_running_stats", "momentum")]
+    held = [(owner, name, value) for owner, name in held if (value := getattr(owner, name, None))]
     try:
         for owner, name, value in held:
-            setattr(owner, name, value)
+            setattr(owner, name, type(value)(0))  # False or 0.0
         yield
     finally:
-        for (owner, name, _), value in zip(held, before):
+        for owner, name, value in held:
             setattr(owner, name, value)
 
 
@@ -403,10 +400,9 @@ def frozen(model):
 
 class CapturedStep:
     """Game.step as a CUDA graph. A GPU runs a step's thousands of small kernels faster than Python
-    launches them. A graph records them once and replays them at one call: the same kernels on the
-    same memory. So images are copied to where the recorded ones were and results from where they
-    come out, rates are tensors, and nothing in a step may depend on a number that the host reads.
-    Random numbers are new each time, since a replay moves the GPU's generator on."""
+    launches them. A graph records them once and replays them at one call, on the same memory. So
+    images are copied in and results out, rates are tensors, and nothing in a step may depend on a
+    number that the host reads. Random numbers are new in each replay."""
 
     def __init__(self, game):
         self.game, self.learns, self.stream = game, None, torch.cuda.Stream(game.device)
@@ -436,11 +432,10 @@ def fastest_step(game):
     """Game.step, compiled and captured where settings and device allow. Capturing takes bfloat16
     (float16 needs loss scaling, for which the host reads numbers) and one process."""
     can_capture = game.device.type == "cuda" and game.dtype == torch.bfloat16 and WORLD == 1
-    capture = game.settings.cuda_graph and can_capture
     if game.settings.compile:  # a copy's, since metrics and pictures are not worth the wait
         game = copy.copy(game)
         game.embed, game.paint = torch.compile(game.embed), torch.compile(game.paint)
-    return CapturedStep(game) if capture else game.step
+    return CapturedStep(game) if can_capture and game.settings.cuda_graph else game.step
 
 
 def make_optimizer(network, settings):
@@ -454,15 +449,12 @@ def make_optimizer(network, settings):
 
 
 def set_rate(optimizer, peak, progress):
-    """Learning rate at `progress`, 0 to 1: linear from a tenth of the peak to the peak over the
-    first tenth, then down to zero on a cosine."""
+    """Set the rate at `progress`, 0 to 1: from peak / 10 to the peak at 0.1, then a cosine to 0."""
     fall = (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
     rate = peak * (0.1 + 9 * progress if progress < 0.1 else fall)
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # on a GPU, where a captured step reads it
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        held = group["lr"]  # on a GPU a tensor, which a captured step reads
+        group["lr"] = held.fill_(rate) if isinstance(held, Tensor) else rate
 
 
 def precision(device):
@@ -504,11 +496,10 @@ SHAPES = dict(image_size=32, width=16, small_stem=False, occluder_width=8, num_m
 CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_masks=4, lr=2e-3,
              occluder_lr=1e-3, sparsity=0.1, epochs=100, batch_size=256, min_crop=0.08, blur=0.0)
 STL10 = CIFAR | dict(image_size=96, small_stem=False, num_masks=6, blur=0.5)
-FLOWERS = STL10 | dict(batch_size=128)
-FOLDER = FLOWERS | dict(image_size=64, width=24, occluder_width=8, num_masks=4, sparsity=0.5,
-                        epochs=20)
+FOLDER = STL10 | dict(image_size=64, width=24, occluder_width=8, num_masks=4, sparsity=0.5,
+                      epochs=20, batch_size=128)
 PRESETS = {"shapes": SHAPES, "stl10": STL10, "cifar10": CIFAR, "cifar100": CIFAR,
-           "flowers102": FLOWERS, "folder": FOLDER}
+           "flowers102": STL10 | dict(batch_size=128), "folder": FOLDER}
 LOWER_LR = {"vit_tiny": 5e-4, "byol": 2e-3, "simsiam": 2e-3}  # instead of the data set's
 
 
@@ -545,8 +536,7 @@ class Settings:
     occluder_width: int = option("channels c of the occluder, a multiple of 8", None, 8, 1024)
     epochs: int = option("passes over the training images", None, 1, 10**6)
     batch_size: int = option("images a step, of all processes together", None, 2, 10**6)
-    lr: float = option(f"peak learning rate ({', '.join(f'{k} {v}' for k, v in LOWER_LR.items())})",
-                       None, 1e-9, 10)
+    lr: float = option(f"peak learning rate (other defaults: {LOWER_LR})", None, 1e-9, 10)
     occluder_lr: float = option("peak learning rate of the occluder", None, 0, 10)
     occluder_share: float = option("share of the run in which the occluder learns", 1.0, 1e-3, 1)
     weight_decay: float = option("of both networks, biases and norms excepted", 1e-4, 0, 10)
@@ -563,8 +553,7 @@ class Settings:
     out: str = option("folder for results (default: runs/<dataset>-<ssl>-<masks>)", "")
     resume: bool = option("go on from the checkpoint in --out", False)
     overwrite: bool = option("replace a run's files in --out", False)
-    evaluate: str = option("score the encoder of this checkpoint or run, with --dataset on other "
-                           "data", "")
+    evaluate: str = option("score this checkpoint's or run's encoder; --dataset: on other data", "")
     finetune: bool = option("with --evaluate: fine-tune the encoder, too", False)
     bench: bool = option("time a training step on random images", False)
 
@@ -585,12 +574,13 @@ class Settings:
             if value and f.name in ("data_dir", "out", "evaluate"):  # a path, in one spelling
                 value = os.path.normpath(os.path.expanduser(value))
             setattr(self, f.name, value)
+        if os.path.isdir(self.evaluate):  # a run's folder
+            self.evaluate = os.path.join(self.evaluate, "checkpoint.pt")
         require(self.occluder_width % 8 == 0, "--occluder-width: give a multiple of 8")
         require(self.dataset == "shapes" or not self.masks.startswith("object") or self.evaluate,
                 f"--masks {self.masks}: only shapes knows its objects' true masks")
         require(not (self.resume and self.overwrite), "--resume, --overwrite: drop one of them")
-        require(not (self.evaluate and (self.bench or self.compile)),
-                "--evaluate goes without --bench and --compile: drop one of them")
+        require(not (self.evaluate and self.bench), "--evaluate, --bench: drop one of them")
         require(self.evaluate or not self.finetune, "--finetune needs --evaluate CHECKPOINT")
         self.out = self.out or f"runs/{self.dataset}-{self.ssl}-{self.masks}"
 
@@ -614,12 +604,13 @@ class ResNet18(nn.Module):
         self.conv1 = nn.Conv2d(3, width, *((3, 1, 1) if small_stem else (7, 2, 3)), bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
-        for stage, (c_in, c_out) in enumerate(((1, 1), (1, 2), (2, 4), (4, 8)), 1):
-            c_in, c_out = c_in * width, c_out * width
+        c_in = width
+        for stage, c_out in enumerate((width, 2 * width, 4 * width, 8 * width), 1):
             shortcut = None if stage == 1 else nn.Sequential(
                 nn.Conv2d(c_in, c_out, 1, 2, bias=False), nn.BatchNorm2d(c_out))
-            self.add_module(f"layer{stage}", nn.Sequential(
-                BasicBlock(c_in, c_out, 1 if stage == 1 else 2, shortcut), BasicBlock(c_out, c_out)))
+            first = BasicBlock(c_in, c_out, 2 if shortcut else 1, shortcut)
+            self.add_module(f"layer{stage}", nn.Sequential(first, BasicBlock(c_out, c_out)))
+            c_in = c_out
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -711,8 +702,7 @@ def colour_jitter_(images, factors):
 
 
 def gaussian_blur(images, sigma):
-    """Blur images [B, C, H, H] by sigma [B] pixels: reflected borders, and a kernel as wide as a
-    tenth of the image, which is SimCLR's choice."""
+    """Blur images [B, C, H, H] by sigma [B] pixels: reflected borders, a kernel H / 10 wide."""
     batch, channels, size, _ = images.shape
     radius = size // 20
     taps = torch.arange(-radius, radius + 1, device=images.device)
@@ -769,8 +759,7 @@ class Data:
     test_masks: Tensor | None = None
 
     def statistics(self):
-        """Mean and standard deviation of the channels, [1, 3, 1, 1] each, of values in [0, 1], from
-        2,000 images at most, always the same."""
+        """Mean and standard deviation, [1, 3, 1, 1], of channels in [0, 1]; of ≤ 2,000 images."""
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
         sample = self.images[order[:2000], :3].float() / 255
         std, mean = torch.std_mean(sample, dim=(0, 2, 3), keepdim=True)
@@ -818,8 +807,7 @@ def draw_shapes(count, size, seed):
 
     # The colours. A background has its class's hue nine times in ten, else another class's.
     labels = torch.arange(count) % classes
-    tells = draw(0, 1) < 0.9
-    hue = torch.where(tells, labels, labels + 1 + draw(0, classes - 1).long()) / classes
+    hue = torch.where(draw(0, 1) < 0.9, labels, labels + 1 + draw(0, classes - 1).long()) / classes
     saturation = draw(0.3, 0.8)
     grounds = two_tones(hue + draw(-0.02, 0.02), draw(0.35, 0.95), either(0.2, 0.45), 0.25,
                         saturation, saturation + draw(-0.2, 0.2))
@@ -890,37 +878,27 @@ def read_picture(path):
     with Image.open(path) as image:
         require(image.mode[0] not in "IF", f"mode {image.mode}, not 8 bits a channel")
         picture = image.convert("RGB")
-        picture.info.clear()  # one odd tag must not cost a sound picture: only the orientation stays
+        picture.info.clear()  # one odd tag must not cost a sound picture; the orientation stays
         with contextlib.suppress(Exception):  # of tags that cannot be read at all
-            orientation = ExifTags.Base.Orientation
-            picture.getexif()[orientation] = image.getexif().get(orientation, 1)
+            picture.getexif()[0x0112] = image.getexif().get(0x0112, 1)
         return ImageOps.exif_transpose(picture)
 
 
-def find_left_out(folder, misplaced):
-    """Extensions of the files in a folder that are not read, hidden ones aside: not named as images
-    or in a place of which `misplaced` says so. Raises AdiosError that names what else would be
-    missing unseen."""
-    extensions, lost = [], []
-    for place, folders, files in os.walk(folder, onerror=lambda error: lost.append(error.filename),
-                                         followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        lost += [os.path.join(place, name) for name in folders if is_picture(name)]
-        for path in (Path(place, name) for name in files if name[0] != "."):
-            if not is_picture(path) or misplaced(path.parent):
-                extensions.append(path.suffix.lower() or "no extension")
-                lost += [str(path)] * (not path.exists())
+def find_left_out(folders, flat=False):
+    """A line on the files in folders that are not read, hidden ones aside: those not named as images
+    or not in place, which is in a folder of a class or, if it should be flat, in none. Raises
+    AdiosError that names what else would be missing unseen."""
+    paths = [Path(folder, name) for folder in folders
+             for name in glob.glob("**", root_dir=folder, recursive=True)]
+    lost = [str(path) for path in paths
+            if (path.is_dir() if is_picture(path) else not os.access(path, os.R_OK))]
     require(not lost, "links to nothing, or folders that cannot be entered or are named as images, "
-                      f"mend or remove them: {', '.join(sorted(lost))}")
-    return extensions
-
-
-def say_left_out(extensions):
-    """Say in one line which files were left out."""
-    counts = ", ".join(f"{name} {count}" for name, count in sorted(Counter(extensions).items()))
-    if counts and not RANK:
-        print(f"adios: left out {len(extensions)} file{'s' * (len(extensions) > 1)} that are not named "
-              f"as images, or not where images are looked for: {counts}", file=sys.stderr)
+                      f"mend or remove them: {', '.join(lost)}")
+    kinds = Counter(path.suffix.lower() or "no extension" for path in paths if not path.is_dir() and
+                    (not is_picture(path) or (path.parent in map(Path, folders)) != flat))
+    counts = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    what = f"adios: left out {kinds.total()} files that are not named as images or not in place"
+    return f"{what}: {counts}\n" if kinds and not RANK else ""
 
 
 class Pictures(datasets.ImageFolder):
@@ -928,13 +906,13 @@ class Pictures(datasets.ImageFolder):
 
     def __init__(self, root, split, download=True):
         super().__init__(root / split, loader=read_picture, is_valid_file=is_picture)
-        self.left_out = find_left_out(self.root, lambda place: place == root / split)
 
     def find_classes(self, directory):
-        folders = [name for name in super().find_classes(directory)[0] if name[0] != "."]
-        classes = [unicodedata.normalize("NFC", name) for name in folders]  # ü may be u and ¨, too
-        names = sorted(set(classes))
-        return names, {folder: names.index(name) for folder, name in zip(folders, classes)}
+        names = {folder: unicodedata.normalize("NFC", folder)  # ü may be spelt as u and ¨, too
+                 for folder in super().find_classes(directory)[0] if folder[0] != "."}
+        classes = sorted(set(names.values()))
+        return classes, {folder: classes.index(name) for folder, name in names.items()}
+
 
 FILES = {  # data sets: class, training images, test images, and the class's name for the labels
     "stl10": (datasets.STL10, "train+unlabeled", "test", "labels"),
@@ -963,49 +941,45 @@ def load_files(settings):
         kinds = f" (read are {' '.join(sorted(EXTENSIONS))})" * (kind is Pictures)
         raise AdiosError(f"--data-dir {root}: {error}; {fix}{kinds}") from error
     require(len(classes) > 1, f"--data-dir {root}: there must be two classes or more")
-    size, labels, chosen, arrays = settings.image_size, [], [], []
+    left_out = find_left_out([data.root for data in splits.values()]) if kind is Pictures else None
+    labels, items = [], []
     for split, data in splits.items():
-        odd = ", ".join(sorted(set(data.classes) ^ set(classes)))
-        require(not odd, f"--data-dir {root}: train and {split} have other classes: {odd}")
+        others = ", ".join(sorted(set(data.classes) ^ set(classes)))
+        require(not others, f"--data-dir {root}: train and {split} have other classes: {others}")
         count = settings.limit if split == "train" and settings.limit else len(data)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed))
         rows = order[:count].sort().values
         labels.append(torch.as_tensor(getattr(data, labels_name))[rows].long())
-        chosen += [(data, i) for i in rows.tolist()]
-        if hasattr(data, "data"):  # an array: STL10's is [n, 3, H, W], CIFAR's [n, H, W, 3]
-            array = torch.from_numpy(data.data)
-            array = array if array.shape[1] == 3 else array.permute(0, 3, 1, 2)
-            if len(rows) < len(array) or array.shape[2] != size:  # else no copy: STL10 is 3 GB
-                array, whole = torch.empty(len(rows), 3, size, size, dtype=torch.uint8), array
-                for part, to in zip(rows.split(1000), array.split(1000)):
-                    to.copy_(TF.resize(whole[part], [size, size]))
-            arrays.append(array)
-    if not arrays:
-        names = [data.samples[i][0] if kind is Pictures else f"image {i}" for data, i in chosen]
-        arrays = decode(lambda n: chosen[n][0][chosen[n][1]][0], names, size).split(
-            [len(part) for part in labels])
-    say_left_out([name for data in splits.values() for name in getattr(data, "left_out", ())])
-    parts = dict(zip(splits, zip(arrays, labels)))
+        items += [data.samples[row][0] if kind is Pictures else (data, row) for row in rows.tolist()]
+    arrays = [torch.from_numpy(data.data) for data in splits.values() if hasattr(data, "data")]
+    if arrays and settings.image_size == arrays[0].shape[2] and not settings.limit:
+        # As they are in memory: STL10 has 3 GB. Its arrays are [n, 3, H, W], CIFAR's [n, H, W, 3].
+        images = [array if array.shape[1] == 3 else array.permute(0, 3, 1, 2) for array in arrays]
+    else:
+        images = decode(items, settings.image_size).split([len(part) for part in labels])
+    print(left_out, end="", file=sys.stderr)
+    parts = dict(zip(splits, zip(images, labels)))
     return Data(*parts.pop("train"), *parts.pop("val"), classes, parts)
 
 
-def decode(read, names, size):
-    """The images read(0), … of these names as uint8 [n, 3, size, size]: short side resized to
-    `size`, centre-cropped, by threads (Pillow works outside Python's lock). Raises AdiosError that
-    names those that cannot be read."""
-    images = torch.empty(len(names), 3, size, size, dtype=torch.uint8)
+def decode(items, size):
+    """The images of items, a path or a data set and a row each, as uint8 [n, 3, size, size]: short
+    side resized to `size`, centre-cropped, by threads (Pillow works outside Python's lock). Raises
+    AdiosError that names those that cannot be read."""
+    images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
 
     def fill(n):
+        item, is_path = items[n], isinstance(items[n], str)
         try:
-            images[n] = TF.pil_to_tensor(TF.center_crop(TF.resize(read(n), size), size))
+            picture = read_picture(item) if is_path else item[0][item[1]][0]
+            images[n] = TF.pil_to_tensor(TF.center_crop(TF.resize(picture, size), size))
         except Exception as error:  # Pillow raises nearly anything
-            return f"{names[n]} ({error})"
+            return f"{item if is_path else f'image {n}'} ({error})"
 
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's of tags, which do not name the file
-        problems = tqdm(pool.map(fill, range(len(names))), "decoding", len(names), delay=1,
-                        leave=False)
-        bad = list(filter(None, problems))
+        done = tqdm(pool.map(fill, range(len(items))), "decoding", len(items), False, delay=1)
+        bad = list(filter(None, done))
     more = f" and {len(bad) - 10} more" * (len(bad) > 10)
     require(not bad, f"not readable as images: {', '.join(bad[:10])}{more}; repair or remove them")
     return images
@@ -1017,9 +991,9 @@ def load_data(settings, device):
     where it cannot be had."""
     data = (load_shapes if settings.dataset == "shapes" else load_files)(settings)
     count, size = len(data.labels), data.images.nbytes + data.test_images.nbytes
-    labelled = len(data.labels[data.labels >= 0].unique())  # classes
-    left = "labelled images of one class only" if labelled else "no labelled image"
-    require(labelled > 1, f"--limit {settings.limit} leaves {left}: give more")
+    classes = len(data.labels[data.labels >= 0].unique())
+    left = "labelled images of one class only" if classes else "no labelled image"
+    require(classes > 1, f"--limit {settings.limit} leaves {left}: give more")
     enough = settings.batch_size <= count or settings.evaluate
     require(enough, f"--batch-size {settings.batch_size}: give {count}, all images, or less")
     if device.type != "cuda" or size < torch.cuda.mem_get_info(device)[0] / 2:
@@ -1142,8 +1116,8 @@ def overlay(images, masks):
 def plot_grid(rows, names, titles=None, colours=None):
     """A figure of rows of images [3 or 1, H, W] in [0, 1], with a name beside each row and, if
     given in the same layout, titles above the images and colours of titles and frames."""
-    titles = [[textwrap.fill(title.encode(errors="replace").decode(), 16, max_lines=3,
-                             placeholder="…") for title in row] for row in titles or ()]
+    titles = [[textwrap.fill(title, 16 if title.isascii() else 8, max_lines=3, placeholder="…")
+               .encode(errors="replace").decode() for title in row] for row in titles or ()]
     figure = Figure(figsize=(1.15 * len(rows[0]), 1.2 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for i, j in itertools.product(range(len(rows)), range(len(rows[0]))):
@@ -1178,9 +1152,8 @@ def film_frame(images, masks, epoch):
 def save_film(frames, file):
     """Write frames as an animated GIF of 64 colours, five frames a second."""
     times = [200] * (len(frames) - 1) + [3000]  # ms
-    first, *others = (TF.to_pil_image(frame).quantize(64, dither=Image.Dither.NONE)
-                      for frame in frames)
-    first.save(file, "gif", save_all=True, append_images=others, duration=times, loop=0)
+    images = [TF.to_pil_image(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
+    images[0].save(file, "gif", append_images=images[1:], save_all=True, duration=times, loop=0)
 
 
 def save_figure(path, plot, *arguments):
@@ -1214,8 +1187,7 @@ def plot_curves(log):
     panels = {"losses": losses, "mask areas": areas, "metrics": METRICS}
     for axis, (title, curves) in zip(figure.subplots(1, 3), panels.items()):
         for colour, (name, label) in zip(itertools.cycle(COLOURS), curves.items()):
-            points = [(row["epoch"], row[name]) for row in log if name in row]
-            if points:
+            if points := [(row["epoch"], row[name]) for row in log if name in row]:
                 axis.plot(*zip(*points), "o-", color=colour, label=label, markersize=3)
         axis.set(title=title, xlabel="epoch", ylim=None if title == "losses" else (0, 1))
         axis.legend(fontsize=8)
@@ -1225,13 +1197,16 @@ def plot_curves(log):
 
 # ---- Training ------------------------------------------------------------------------------------
 # A run survives being cut off: no file is left incomplete, and order and crops follow from seed,
-# epoch, kind of device and number of processes alone, so that `--resume` goes on as if nothing had
-# happened.
+# epoch, kind of device and number of processes alone: `--resume` goes on as if nothing had been.
 
 EVALUATION_FILES = ("evaluation.json", "neighbours.png", "masks.png")
 RUN_FILES = ("checkpoint.pt", "log.csv", "film.gif", "curves.png", "results.json", "encoder.pt",
              *EVALUATION_FILES)
 PARTS = ("model", "model_optimizer", "occluder", "occluder_optimizer", "scaler")
+NETWORKS = ("image_size", "ssl", "encoder", "width", "small_stem", "masks", "num_masks",
+            "occluder_width")  # the settings that shape them
+TAKEN = ("give --overwrite or another --out or, if checkpoint.pt is there, --resume (if not, a run "
+         "is starting there, or was killed as it did)")
 VERSION = 4  # of checkpoints: what another one wrote cannot be used
 
 
@@ -1240,26 +1215,26 @@ def pick_device(name, compile=False):
     it or, if asked for, torch.compile does not work here."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    tried = f"--device {name}"
     try:
         probe = torch.zeros(1, device=name)
         probe.cpu()  # `meta` is a device, too, but nothing comes back from it
         if probe.is_cuda:
             torch.cuda.set_device(probe.device)  # whose streams a captured step uses
+        if compile:  # fails without a C compiler or Triton, and on old GPUs
+            tried = "--compile"
+            torch.compile(torch.sin)(probe)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise AdiosError(f"--device {name} is not usable here: leave it out") from error
-    try:
-        torch.compile(torch.sin)(probe) if compile else None
-    except RuntimeError as error:  # no C compiler, no Triton, an old GPU
         reason = str(error).split("\n\n")[0]  # hints for developers follow
-        raise AdiosError(f"--compile does not work here, leave it out: {reason}") from error
+        raise AdiosError(f"{tried} does not work here, leave it out: {reason}") from error
     return probe.device
 
 
 def files_of_run(out):
     """The files in a folder that a run and later evaluations of its encoder leave there."""
-    return [out / name for name in RUN_FILES if os.path.lexists(out / name)] + [
-        path for dataset in PRESETS for path in (out / dataset).rglob("*")
-        if path.name in EVALUATION_FILES and not (path.parent / "log.csv").exists()]
+    transfer = [path for dataset in PRESETS for path in (out / dataset).rglob("*")
+                if path.name in EVALUATION_FILES and not (path.parent / "log.csv").exists()]
+    return [out / name for name in RUN_FILES if os.path.lexists(out / name)] + transfer
 
 
 def check_folder(out, held=(), fix="name another"):
@@ -1274,9 +1249,7 @@ def check_folder(out, held=(), fix="name another"):
 def claim(out, undo):
     """Take a folder for a new run by making its log.csv, so that another one started at the same
     time is refused. Closing `undo`, an ExitStack, gives it back. Raises AdiosError if it is taken."""
-    fix = "give --resume, --overwrite or another --out" if (out / "checkpoint.pt").exists() else (
-        "give --overwrite or another --out (a run is starting there, or was killed as it started)")
-    check_folder(out, files_of_run(out), fix)
+    check_folder(out, files_of_run(out), TAKEN)
     if not out.exists():
         out.mkdir(parents=True, exist_ok=True)
         undo.callback(os.removedirs, out)
@@ -1284,7 +1257,7 @@ def claim(out, undo):
         (out / "log.csv").touch(exist_ok=False)
     except FileExistsError:  # another one was faster
         undo.pop_all()
-        check_folder(out, [out / "log.csv"], fix)
+        check_folder(out, [out / "log.csv"], TAKEN)
     undo.callback((out / "log.csv").unlink)
 
 
@@ -1304,7 +1277,7 @@ def write(path, save):
         raise AdiosError(f"{path} cannot be written ({error.strerror}): make room") from error
 
 
-def save_run(out, game, log, film, seconds):
+def save_run(out, game, log, film):
     """Write log.csv and, in checkpoint.pt, all that a run needs to go on. Optimizers' rates and
     options come from the settings."""
     names = {name: name for row in log for name in row}
@@ -1314,7 +1287,7 @@ def save_run(out, game, log, film, seconds):
     for part in state.values():
         part.pop("param_groups", None)
     state |= dict(version=VERSION, settings=asdict(game.settings), processes=WORLD, log=log,
-                  film=film, seconds=seconds, mean=game.mean.cpu(), std=game.std.cpu())
+                  film=film, mean=game.mean.cpu(), std=game.std.cpu())
     write(out / "checkpoint.pt", lambda file: torch.save(state, file))
 
 
@@ -1334,10 +1307,8 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         known = state["settings"].keys() == {f.name for f in fields(Settings)}
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        raise AdiosError(f"{path} is damaged or no checkpoint of adios.py's: name another, or "
-                         "train anew") from error
-    require(state.get("version") == VERSION and known,
-            f"{path} is of another version of adios.py: use that one, or train anew")
+        raise AdiosError(f"{path} is damaged or no checkpoint: name another") from error
+    require(known and state["version"] == VERSION, f"{path} is of another version: train anew")
     return state
 
 
@@ -1355,25 +1326,24 @@ def restore(game, state, parts=PARTS):
 
 
 def check_finite(step, encoder, occluder):
-    """Raise AdiosError if, at a step (its number), a sum of a network's numbers is not finite."""
-    network, rate = ("encoder", "--lr") if math.isfinite(occluder) else ("occluder", "--occluder-lr")
-    require(math.isfinite(encoder + occluder),
-            f"the {network}'s numbers are not finite at step {step}: try a smaller {rate}")
+    """Raise AdiosError if, at a step (its number), a number of a network's is not finite."""
+    name, rate = ("encoder", "--lr") if math.isfinite(occluder) else ("occluder", "--occluder-lr")
+    problem = f"the {name}'s numbers are not finite at step {step}: try a smaller {rate}"
+    require(math.isfinite(encoder + occluder), problem)
 
 
 def warn(row, change, warned):
     """Say once each what looks wrong in an epoch's row of the log; `change` is how far masks moved,
     as the mean of |Δm|, since the last look."""
     areas = [area for name, area in row.items() if name.startswith("area_")]
-    learned = len(areas) > 1
+    collapsed, still = row["embedding_spread"] < 0.05, "gain" in row and change < 1e-4
+    full = len(areas) > 1 and max(areas) > 0.98
+    empty = len(areas) > 1 and min(areas) < 0.1 / len(areas)
     signs = {
-        "the embeddings have collapsed: try a smaller --lr or another --ssl":
-            row["embedding_spread"] < 0.05,
-        "a mask covers nearly everything: try a larger --sparsity": learned and max(areas) > 0.98,
-        "a mask covers nearly nothing: try a larger --sparsity or a smaller --num-masks":
-            learned and min(areas) < 0.1 / len(areas),
-        "the occluder has stopped moving: try a larger --occluder-lr or another --seed":
-            "gain" in row and change < 1e-4}
+        "the embeddings have collapsed: try a smaller --lr or another --ssl": collapsed,
+        "a mask covers nearly everything: try a larger --sparsity": full,
+        "a mask covers nearly nothing: try a larger --sparsity or a smaller --num-masks": empty,
+        "the occluder has stopped moving: try a larger --occluder-lr or another --seed": still}
     for text, holds in signs.items():
         if holds and text not in warned:
             warned.add(text)
@@ -1389,34 +1359,33 @@ def train_epoch(game, data, epoch, bar):
     count = len(data.images) // size
     if RANK:  # other processes, other crops
         torch.manual_seed(int(torch.randint(2**32, (RANK,))[-1]))
-    start, pending, steps = time.perf_counter(), [], []
+    start, steps = time.perf_counter(), []  # what each step reports
     for i, rows in enumerate(order[:count]):
         images = data.images[rows[RANK::WORLD]].to(game.device)
-        pending.append(game.play(images, (epoch - 1 + i / count) / epochs))
+        steps.append(game.play(images, (epoch - 1 + i / count) / epochs))
         bar.update(size)
-        if len(pending) == 10 or i == count - 1:  # to read numbers is to wait for the device
-            for report in pending:
-                steps.append({name: value.item() for name, value in report.items()})
-                areas = sum(value for name, value in steps[-1].items() if name.startswith("area"))
-                check_finite((epoch - 1) * count + len(steps), steps[-1]["loss"], areas)
-            pending.clear()
+        if i % 10 == 9 or i == count - 1:  # to read numbers is to wait for the device
+            for n in range(i - i % 10, i + 1):
+                steps[n] = {name: value.item() for name, value in steps[n].items()}
+                check_finite((epoch - 1) * count + n + 1, steps[n]["loss"], steps[n]["area_1"])
             values = ", ".join(f"{name} {value:.2f}" for name, value in steps[-1].items())
             bar.set_postfix_str(f"epoch {epoch}/{epochs}, {values}")
-    check_finite(epoch * count, *(sum(p.sum() for p in network.parameters()).item()
-                                  for network in (game.model, game.occluder)))  # as they are now
+    model, occluder = (sum(p.sum() for p in network.parameters()).item()
+                       for network in (game.model, game.occluder))
+    check_finite(epoch * count, model, occluder)  # as the last step leaves them
     row = {name: torch.tensor([step[name] for step in steps if name in step]).mean().item()
            for name in {**steps[-1], **steps[0]}}  # the occluder may have learned in some only
-    speed = count * size / (time.perf_counter() - start)
-    return {"epoch": epoch} | row | {"images_per_second": speed}
+    seconds = time.perf_counter() - start
+    return {"epoch": epoch, **row, "images_per_second": count * size / seconds}
 
 
-def play_epochs(game, data, out, log, film, seconds):
-    """Play what is left of the run after the epochs in `log` and the frames in `film`, which grow,
-    and the seconds they took. Process 0 computes metrics, draws and saves on the way. Returns the
-    seconds of all."""
-    epochs, shown, warned = game.settings.epochs, some(data.test_images), set()
+def play_epochs(game, data, out, log, film):
+    """Play what is left of the run after the epochs in `log` and the frames in `film`, which grow.
+    Process 0 computes metrics, draws and saves on the way."""
+    shown, truth, warned = some(data.test_images), some(data.test_masks), set()
+    epochs = game.settings.epochs
     size = len(data.images) // game.settings.batch_size * game.settings.batch_size
-    masks = predict_masks(game, shown) if game.learned else torch.zeros(1)
+    masks = predict_masks(game, shown, truth)
     if game.learned and not log:
         film.append(film_frame(shown[:8], masks[:8], 0))
     with tqdm(total=epochs * size, initial=len(log) * size, unit="img", disable=RANK > 0) as bar:
@@ -1431,13 +1400,23 @@ def play_epochs(game, data, out, log, film, seconds):
             look = epoch % max(1, min(10, epochs // 4)) == 0 or epoch == epochs
             if look:
                 row |= compute_metrics(game, data)
-                before, masks = masks, predict_masks(game, shown) if game.learned else masks
+                before, masks = masks, predict_masks(game, shown, truth)
                 warn(row, (masks - before).abs().mean().item(), warned)
-            seconds += time.perf_counter() - start
-            save_run(out, game, log, film, seconds)
+            row["seconds"] = time.perf_counter() - start
+            save_run(out, game, log, film)
             if look and epoch < epochs:
                 draw_run(out, game, data, log, film)
-    return seconds
+
+
+def read_resumed(settings):
+    """The checkpoint that the settings resume. Raises AdiosError if it has others."""
+    state = read_checkpoint(Path(settings.out, "checkpoint.pt"))
+    free = ("data_dir", "device", "cuda_graph", "compile", "out", "resume", "overwrite")
+    odd = [f"{flag(name)} {was}" for name, was in state["settings"].items()
+           if name not in free and was != getattr(settings, name)]
+    odd += [f"{state['processes']} processes"] * (state["processes"] != WORLD)
+    require(not odd, f"--resume: the checkpoint has {', '.join(odd)}: give the same")
+    return state
 
 
 def train(settings):
@@ -1448,13 +1427,7 @@ def train(settings):
     device, out = pick_device(settings.device, settings.compile), Path(settings.out)
     shared = settings.batch_size % WORLD == 0 and settings.batch_size >= 2 * WORLD
     require(shared, f"--batch-size: give a multiple of {WORLD}, from {2 * WORLD} up")
-    state = read_checkpoint(out / "checkpoint.pt") if settings.resume else None
-    if state:
-        free = ("data_dir", "device", "cuda_graph", "compile", "out", "resume", "overwrite")
-        odd = [f"{flag(name)} {was}" for name, was in state["settings"].items()
-               if name not in free and was != getattr(settings, name)]
-        odd += [f"{state['processes']} processes"] * (state["processes"] != WORLD)
-        require(not odd, f"--resume: the checkpoint has {', '.join(odd)}: give the same")
+    state = read_resumed(settings) if settings.resume else None
     with contextlib.ExitStack() as undo:
         if RANK:
             dist.barrier()  # process 0 downloads, then the others load
@@ -1469,28 +1442,26 @@ def train(settings):
         statistics = (state["mean"], state["std"]) if state else data.statistics()
         game = Game(settings, *statistics, device)
         metrics = compute_metrics(game, data)
-        log, film, seconds = [], [], 0.0
+        log, film = (state["log"], state["film"]) if state else ([], [])
         if state:
-            log, film, seconds = state["log"], state["film"], state["seconds"]
             restore(game, state)
         elif not RANK:
-            for path in files_of_run(out):  # of the run that is overwritten
-                if path.name != "log.csv":  # which claims the folder
-                    path.unlink()
-            save_run(out, game, log, film, seconds)
-        undo.pop_all()
+            for path in files_of_run(out):
+                path.unlink() if path.name != "log.csv" else None  # which holds the folder
+            save_run(out, game, log, film)
+        undo.pop_all()  # now that there is a checkpoint
     if not RANK:
         millions = sum(p.numel() for p in game.model.encoder.parameters()) / 1e6
         print(f"{settings.dataset}: {len(data.images):,} images of {settings.image_size} px in "
               f"{len(data.classes)} classes, on {data.images.device} | {settings.ssl}, "
               f"{settings.encoder} of {millions:.2f} M parameters | {settings.masks} | "
               f"{WORLD} × {device}, {str(game.dtype)[6:]}")
-    seconds = play_epochs(game, data, out, log, film, seconds)
+    play_epochs(game, data, out, log, film)
     if RANK:
         return None
     results = {name: log[-1][name] for name in METRICS if name in log[-1]}
     results |= {f"{name}_untrained": value for name, value in metrics.items()}
-    results |= {"seconds": seconds, "settings": asdict(settings),
+    results |= {"seconds": sum(row["seconds"] for row in log), "settings": asdict(settings),
                 "images_per_second": sum(row["images_per_second"] for row in log) / len(log)}
     encoder = {name: value.cpu() for name, value in game.model.encoder.state_dict().items()}
     write(out / "encoder.pt", lambda file: torch.save(encoder, file))
@@ -1567,6 +1538,17 @@ def colour_iou(images, truth, seed):
             for name, part in parts.items()}
 
 
+def paint_pictures(game, folder, paths, out):
+    """Paint masks on twelve pictures in a folder, those of these paths; into out goes masks.png."""
+    require(game.learned, "--evaluate: this checkpoint has no masks to paint on pictures")
+    left_out = find_left_out([folder], flat=True)
+    chosen = [str(paths[n]) for n in some(torch.arange(len(paths)))]
+    images = decode(chosen, game.settings.image_size)
+    print(left_out, end="", file=sys.stderr)
+    save_figure(out / "masks.png", plot_masks, images, predict_masks(game, images))
+    print(f"{folder} has no train/<class>/: masks on its pictures are in {out / 'masks.png'}")
+
+
 def evaluate(settings):
     """Score the encoder in the checkpoint settings.evaluate, on other data than its own too: the
     paper's transfer. Into settings.out go evaluation.json, neighbours.png and, unless it is the
@@ -1574,23 +1556,14 @@ def evaluate(settings):
     None for a folder of pictures without classes, on which masks are painted and that is all."""
     device, state = pick_device(settings.device), read_checkpoint(settings.evaluate)
     out, home, root = Path(settings.out), Path(settings.evaluate).parent, Path(settings.data_dir)
-    held = [] if out == home or settings.overwrite else files_of_run(out)
-    if home in out.parents and out / "log.csv" not in held:
-        held = []  # an earlier evaluation of this encoder
-    check_folder(out, held, "name another --out")
+    ours = out == home or (home in out.parents and not (out / "log.csv").exists())
+    check_folder(out, () if ours or settings.overwrite else files_of_run(out))
     torch.manual_seed(settings.seed)
     game = Game(settings, state["mean"], state["std"], device)
     restore(game, state, ("model", "occluder"))
-    if settings.dataset == "folder" and root.is_dir() and not (root / "train").exists():
-        if names := sorted(filter(is_picture, os.listdir(root))):
-            require(game.learned, "--evaluate: this checkpoint has no masks to paint on pictures")
-            left_out = find_left_out(root, lambda place: place != root)
-            paths = [root / names[row] for row in some(torch.arange(len(names)))]
-            images = decode(lambda n: read_picture(paths[n]), paths, settings.image_size)
-            say_left_out(left_out)
-            save_figure(out / "masks.png", plot_masks, images, predict_masks(game, images))
-            print(f"{root} has no train/<class>/: masks on its pictures are in {out / 'masks.png'}")
-            return None
+    pictures = sorted(filter(is_picture, root.glob("*")))
+    if settings.dataset == "folder" and pictures and not (root / "train").exists():
+        return paint_pictures(game, root, pictures, out)
     data = load_data(settings, device)
     rows, classes, labels = (data.labels >= 0).nonzero()[:, 0], len(data.classes), data.test_labels
     train = extract_features(game, data.images, rows), data.labels[rows]
@@ -1629,28 +1602,25 @@ def evaluate(settings):
 
 def bench(settings):
     """Time steps on random images, in turn with those of plain SimCLR with the same encoder. Prints
-    and returns medians: milliseconds a step, images/s, `simclr_steps`, what a step costs in steps
-    of plain SimCLR, and on a GPU the peak memory in MB."""
+    and returns medians: milliseconds a step, images/s and `simclr_steps`, what a step costs in
+    steps of plain SimCLR."""
     device, grey = pick_device(settings.device, settings.compile), torch.full((1, 3, 1, 1), 0.5)
-    kinds = {"step": settings, "plain SimCLR": replace(settings, ssl="simclr", masks="none")}
-    games = {name: Game(kind, grey, grey, device) for name, kind in kinds.items()}
+    plain = replace(settings, ssl="simclr", masks="none")
+    games = [Game(kind, grey, grey, device) for kind in (settings, plain)]
     channels, size = 3 + settings.masks.startswith("object"), settings.image_size
     images = torch.randint(256, (settings.batch_size, channels, size, size), device=device).byte()
-    steps, times = 1 if device.type == "cpu" else 20, {name: [] for name in games}
-    for _ in tqdm(range(11), leave=False):
-        for name, game in games.items():
+    steps, times = 1 if device.type == "cpu" else 20, torch.empty(11, 2)
+    for seconds in tqdm(times, leave=False):
+        for n, game in enumerate(games):
             start = time.perf_counter()
             for _ in range(steps):
                 loss = game.play(images, 0.0)["loss"]
             loss.item()  # waits for the device
-            times[name].append((time.perf_counter() - start) / steps)
-    times = {name: torch.tensor(times[name][1:]) for name in games}  # the first round warms up
-    results = {"simclr_steps": (times["step"] / times["plain SimCLR"]).median().item()}
-    for name in games:
-        seconds = times[name].median().item()
+            seconds[n] = (time.perf_counter() - start) / steps
+    times = times[1:]  # the first round warms up
+    results = {"simclr_steps": (times[:, 0] / times[:, 1]).median().item()}
+    for name, seconds in zip(("step", "plain SimCLR"), times.median(0).values.tolist()):
         results |= {f"{name}, ms": 1000 * seconds, f"{name}, images/s": len(images) / seconds}
-    if device.type == "cuda":
-        results["peak memory of these games, MB"] = torch.cuda.max_memory_allocated(device) / 1e6
     print("\n".join(f"{name:32}{value:10.2f}" for name, value in results.items()))
     return results
 
@@ -1672,28 +1642,20 @@ def parse(argv=None):
         help = f.metadata["help"] + f" [{default}]" * bool(default)
         parser.add_argument(flag(f.name), help=help, **kind)
     given = vars(parser.parse_args(argv))
-    if "evaluate" in given:
-        path = os.path.expanduser(given["evaluate"])
-        path += "/checkpoint.pt" * os.path.isdir(path)  # of a run
-        given["evaluate"] = os.path.normpath(path)
-        saved, home = read_checkpoint(given["evaluate"])["settings"], Path(given["evaluate"]).parent
-        if "data_dir" in given:
-            given["data_dir"] = Settings(data_dir=given["data_dir"]).data_dir  # in one spelling
-        other = [name for name, value in given.items() if value != saved.get(name)]
-        for name in other:
-            fixed = name in ("image_size", "ssl", "encoder", "width", "small_stem", "masks",
-                             "num_masks", "occluder_width")
-            require(not fixed, f"{flag(name)}: the checkpoint has {saved.get(name)}; leave it out")
-        inherited = saved | dict(device="auto", compile=False, resume=False, overwrite=False,
-                                 out=str(home))
-        dataset = given.get("dataset", saved["dataset"])
-        if "dataset" in other or (dataset == "folder" and "data_dir" in other):
-            place = home / dataset
-            if dataset == "folder":
-                place /= Path(given.get("data_dir", Settings.data_dir)).absolute().name
-            inherited |= dict(limit=0, data_dir=Settings.data_dir, out=str(place))
-        given = inherited | given
-    return Settings(**given)
+    settings = Settings(**given)
+    if "evaluate" not in given:
+        return settings
+    given = {name: getattr(settings, name) for name in given}  # paths in one spelling
+    saved, home = read_checkpoint(settings.evaluate)["settings"], Path(settings.evaluate).parent
+    other = [name for name, value in given.items() if value != saved[name]]
+    fixed = [f"{flag(name)} {saved[name]}" for name in other if name in NETWORKS]
+    require(not fixed, f"the checkpoint has {', '.join(fixed)}: leave that out")
+    left = saved | dict(device="auto", compile=False, resume=False, overwrite=False, out=str(home))
+    dataset = given.get("dataset", saved["dataset"])
+    if "dataset" in other or (dataset == "folder" and "data_dir" in other):
+        name = Path(settings.data_dir).absolute().name if dataset == "folder" else ""
+        left |= dict(limit=0, data_dir=settings.data_dir, out=str(home / dataset / name))
+    return Settings(**left | given)
 
 
 def print_results(results):
@@ -1709,17 +1671,14 @@ def print_results(results):
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # it may be closed
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # letters that a terminal or pipe does not know
-        setattr(sys, name, stream)
     warnings.filterwarnings("ignore", module="sklearn")  # one-colour images have too few clusters
-    checkpoint = None
+    checkpoint = ""
     try:
         settings = parse(argv)
-        if not (settings.evaluate or settings.bench):
-            checkpoint = Path(settings.out, "checkpoint.pt")
         if WORLD > 1:
             other = settings.bench or settings.evaluate
             require(not other, "torchrun is for training: give --bench and --evaluate to python")
@@ -1730,12 +1689,14 @@ def main(argv=None):
             bench(settings)
         elif settings.evaluate:
             evaluate(settings)
-        elif results := train(settings):
-            print_results(results)
+        else:
+            checkpoint = os.path.join(settings.out, "checkpoint.pt")
+            if results := train(settings):
+                print_results(results)
         return 0
     except KeyboardInterrupt:
-        hint = "; --resume goes on from its last checkpoint"
-        print("\nadios: stopped" + hint * bool(checkpoint and checkpoint.exists()), file=sys.stderr)
+        hint = "; --resume goes on from the last epoch" * os.path.exists(checkpoint)
+        print(f"\nadios: stopped{hint}", file=sys.stderr)
         return 130
     except (AdiosError, OSError) as error:
         problem = " ".join(str(error).split())  # one line
