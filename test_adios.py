@@ -2,9 +2,7 @@
 
 import contextlib
 import errno
-import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -14,15 +12,14 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
+import timeit
 import tracemalloc
-import unicodedata
-import warnings
 from dataclasses import fields, replace
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import hypothesis
-import matplotlib
 import numpy as np
 import pytest
 import scipy.io
@@ -35,7 +32,7 @@ from PIL import Image
 from sklearn import linear_model, preprocessing
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchvision import datasets
 from torchvision.transforms import v2
 
@@ -45,18 +42,20 @@ from adios import AdiosError, Settings
 HERE, CPU, DEVICE = Path(__file__).parent, torch.device("cpu"), adios.pick_device("auto")
 SMALL = dict(limit=64, epochs=3, batch_size=32, width=8, device="cpu")
 FOLDER = SMALL | dict(dataset="folder", data_dir="d", batch_size=8, limit=0)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-approx, parametrize = pytest.approx, pytest.mark.parametrize
+PYTHON, ADIOS = sys.executable, (sys.executable, HERE / "adios.py")
+TORCHRUN = PYTHON, *"-m torch.distributed.run --standalone --nproc-per-node=2".split()
+approx, parametrize, skipif = pytest.approx, pytest.mark.parametrize, pytest.mark.skipif
+needs_gpu = skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch, tmp_path):
     """Each test from the same random state and in a folder of its own."""
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
-    for kind in (datasets.STL10, datasets.CIFAR10, datasets.CIFAR100, datasets.Flowers102):
-        monkeypatch.setattr(kind, "_check_integrity", lambda self: True)  # nothing is downloaded
+    for module in (datasets.stl10, datasets.cifar, datasets.flowers102):  # nothing is downloaded
+        monkeypatch.setattr(module, "check_integrity", lambda path, md5: True)
 
-@functools.cache
+@cache
 def shapes(**changes):
     return adios.load_data(Settings(**SMALL | changes), CPU)
 
@@ -85,21 +84,18 @@ def flags(**changes):
     return [adios.flag(name) if value is True else f"--no-{adios.flag(name)[2:]}" if value is False
             else f"{adios.flag(name)}={value}" for name, value in (SMALL | changes).items()]
 
-def lighten(patch):
+def lighten(monkeypatch):
     """Make runs quick: 60 test images and empty pictures."""
-    load = adios.load_data
-    def load_less(*arguments):
+    def load_less(*arguments, load=adios.load_data):
         data = load(*arguments)
         return replace(data, test_images=data.test_images[:60], test_labels=data.test_labels[:60],
                        test_masks=None if data.test_masks is None else data.test_masks[:60],
                        backgrounds={k: (x[:60], y[:60]) for k, (x, y) in data.backgrounds.items()})
-    patch.setattr(adios, "load_data", load_less)
+    monkeypatch.setattr(adios, "load_data", load_less)
     for name in ("plot_masks", "plot_curves", "plot_neighbours"):
-        patch.setattr(adios, name, lambda *_: adios.Figure((1, 1)))
+        monkeypatch.setattr(adios, name, lambda *_: adios.Figure((1, 1)))
 
-@pytest.fixture
-def light(monkeypatch):
-    lighten(monkeypatch)
+light = pytest.fixture(lighten)
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
@@ -121,6 +117,14 @@ def refused(capsys):
         assert line.startswith("adios: error: ") and says in line and out == "", line
         assert [(p, p.lstat().st_mtime_ns) for p in Path().rglob("*")] == before
     return check
+
+def launch(*command, code=0, timeout=300, **environment):
+    """Another process, which finds this file and no GPU; the exit code is as expected."""
+    environment = os.environ | dict(PYTHONPATH=str(HERE), CUDA_VISIBLE_DEVICES="") | environment
+    done = subprocess.run(command, capture_output=True, timeout=timeout, env=environment,
+                          encoding=environment.get("PYTHONIOENCODING", "utf-8"))
+    assert done.returncode == code, done.stderr
+    return done
 
 # ---- Objectives, penalty and networks ------------------------------------------------------------
 def test_nt_xent_is_the_written_out_sum():
@@ -166,36 +170,26 @@ def test_resnet18_is_torchvisions():
         for mode in (True, False):
             assert_close(ours.train(mode)(x), theirs.train(mode)(x))
 
-FORMATS = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-import adios
-for width, size, threads in ((w, s, t) for w in range(1, 25) for s in (32, 64) for t in (1, 2)):
-    torch.set_num_threads(threads)
-    gradients = []
-    for form in torch.contiguous_format, adios.memory_format(torch.device("cpu"), width):
-        torch.manual_seed(0)
-        network = adios.ResNet18(width).to(memory_format=form)
-        images = torch.randn(16, 3, size, size).contiguous(memory_format=form)
-        (network(images) * torch.randn(8 * width)).sum().backward()
-        gradients.append([p.grad for p in network.parameters()])
-    assert all((a - b).norm() < 0.1 * a.norm() for a, b in zip(*gradients)), (width, size, threads)
-"""
-
-@parametrize("instructions", ["AVX2", "DEFAULT"])
-def test_gradients_are_right_in_the_memory_format_of_each_width(instructions):
+def compare_formats():
     """Wrong code dies or is off by 0.6 of the norm and more, a ReLU that flips by up to 0.08."""
-    done = subprocess.run([sys.executable, "-c", FORMATS, HERE], capture_output=True, text=True,
-                          env=os.environ | dict(ONEDNN_MAX_CPU_ISA=instructions), timeout=300)
-    assert done.returncode == 0, done.stderr
-    fast = [adios.memory_format(torch.device(device), width) == torch.channels_last for device, width
-            in (("cuda", 8), ("cpu", 16), ("cpu", 15), ("mps", 64), ("xpu", 64))]
-    assert fast == [True, True, False, False, False]
+    for width, size, threads in product(range(1, 25), (32, 64), (1, 2)):
+        torch.set_num_threads(threads)
+        found = []
+        for form in torch.contiguous_format, adios.memory_format(CPU, width):
+            torch.manual_seed(0)
+            network = adios.ResNet18(width).to(memory_format=form)
+            images = torch.randn(16, 3, size, size).contiguous(memory_format=form)
+            (network(images) * torch.randn(8 * width)).sum().backward()
+            found.append(gradients(network))
+        assert all((a - b).norm() < 0.1 * a.norm() for a, b in zip(*found)), (width, size, threads)
+
+@parametrize("isa", ["AVX2", "DEFAULT"])
+def test_gradients_are_right_in_the_memory_format_of_each_width(isa):
+    launch(PYTHON, "-c", "import test_adios as t; t.compare_formats()", ONEDNN_MAX_CPU_ISA=isa)
 
 @parametrize("size, plan", [(32, "1222"), (50, "1222"), (64, "11222"), (96, "11222"),
                             (128, "111222"), (224, "111222")])
 def test_masks_share_out_every_pixel(size, plan):
-    """The occluder's channels are c and 2c as planned; every part of it reaches its masks."""
     occluder = adios.Occluder(size, 5, 8)
     assert [block[0].out_channels for block in occluder.down] == [8 * int(n) for n in plan]
     masks = occluder(torch.randn(2, 3, size, size))
@@ -206,26 +200,21 @@ def test_masks_share_out_every_pixel(size, plan):
 
 @parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_the_occluder_in_half_precision(device):
-    """All of it, norms included, is bfloat16 and without autocast; its masks are float32."""
     game, seen = make_game(torch.device(device)), []
     game.dtype = torch.bfloat16
     for part in [*game.occluder.down.modules(), *game.occluder.up.modules(), game.occluder.mlp]:
         part.register_forward_hook(lambda _, inputs, output: seen.append(
             (inputs[0].dtype, output.dtype, torch.is_autocast_enabled(device))))
-    report = game.play(shapes().images[:16].to(device), 0.1)
+    assert all(v.isfinite() for v in game.play(shapes().images[:16].to(device), 0.1).values())
     assert len(seen) > 30 and set(seen) == {(torch.bfloat16, torch.bfloat16, False)}
-    assert all(value.isfinite() for value in report.values())
     (_, view, _), = fix_views(game)
-    masks = game.paint(view)
-    assert masks.dtype == torch.float32
-    assert_close(masks, game.occluder(view.float()), atol=2e-2, rtol=0)
+    assert_close(game.paint(view), game.occluder(view.float()), atol=2e-2, rtol=0)  # float32
     game.learned, game.settings = False, replace(game.settings, masks="mae")
     assert adios.predict_masks(game, shapes().images[:4]).dtype == torch.float32  # for pictures
 
 # ---- The game ------------------------------------------------------------------------------------
 @parametrize("ssl", adios.OBJECTIVES)
 def test_each_move_leaves_the_other_network_untouched(ssl, monkeypatch):
-    """Weights, gradients and the batch norms' statistics, too."""
     game, states, frozen = make_game(ssl=ssl), [], adios.frozen
     fix_views(game)
     monkeypatch.setattr(adios, "frozen", lambda model: states.append(
@@ -257,22 +246,18 @@ def test_frozen_puts_back_what_was_there():
 @parametrize("scheme", adios.LEARNED)
 @parametrize("ssl", adios.OBJECTIVES)
 def test_a_step_written_out(ssl, scheme, updates):
-    """The encoder goes down on the mean loss of A against masked B, for SimSiam of B against masked
-    A, too; the occluder up on it, less λ times the penalty. Unmasked views are encoded once."""
     game, calls = make_game(ssl=ssl, masks=scheme, sparsity=0.7, num_masks=3, updates=updates), []
     game.model.double(), game.occluder.double()  # batch norms of 16 images magnify float32's noise
     pairs, count = fix_views(game), 3 if scheme == "adios" else 1
     torch.manual_seed(1)
     painted = [game.paint(view) for _, view, _ in pairs]
     masks = [adios.SCHEMES[scheme](None, each, None) for each in painted]
-    loss = sum(adios.OBJECTIVES[ssl](game.model(view), game.model(other - other * m[:, n:n + 1]),
-                                     game.settings.temperature)
-               for (view, other, _), m in zip(pairs, masks) for n in range(count))
-    loss = loss / count / len(pairs)
+    loss = torch.stack([
+        adios.OBJECTIVES[ssl](game.model(view), game.model(other - other * m[:, n:n + 1]), 0.2)
+        for (view, other, _), m in zip(pairs, masks) for n in range(count)]).mean()
     gain = loss - 0.7 * adios.sparsity_penalty(torch.cat(painted)).mean()
-    descent = torch.autograd.grad(
-        loss, [p for p in game.model.parameters() if p.requires_grad], retain_graph=True)
-    ascent = torch.autograd.grad(gain, [*game.occluder.parameters()])
+    loss.backward(retain_graph=True)
+    descent, ascent = gradients(game.model), torch.autograd.grad(gain, game.occluder.parameters())
     game.model.encoder.register_forward_hook(lambda *_: calls.append("encode"))
     game.occluder.register_forward_hook(lambda *_: calls.append("paint"))
     torch.manual_seed(1)
@@ -280,7 +265,7 @@ def test_a_step_written_out(ssl, scheme, updates):
     areas = torch.cat(painted).mean((0, 2, 3))
     expected = dict(loss=loss, gain=gain) | {f"area_{n + 1}": area for n, area in enumerate(areas)}
     assert_close(report, expected, atol=1e-4, rtol=0)
-    assert_close(gradients(game.model), [*descent], atol=1e-5, rtol=1e-3)
+    assert_close(gradients(game.model), descent, atol=1e-5, rtol=1e-3)
     assert_close(gradients(game.occluder), [-g for g in ascent], atol=1e-5, rtol=1e-3)
     encodings = len(pairs) * (1 + count * (2 if updates == "alternating" else 1))
     assert calls == len(pairs) * ["paint"] + encodings * ["encode"]
@@ -294,8 +279,16 @@ def test_the_occluder_stops_at_its_share_of_the_run():
     assert "gain" not in game.play(images, 0.5)
     assert same(game.occluder, before) and not same(game.model, model)
 
-def test_byols_target_gets_no_gradient_and_follows_the_schedule():
-    game = make_game(ssl="byol", lr=1e-2, masks="none")
+def test_rates_weight_decay_and_byols_target_are_as_scheduled():
+    game = make_game(ssl="byol", lr=1e-2, masks="none", weight_decay=0.3)
+    for part in ("model", "occluder"):  # biases, norms and the target have no weight decay
+        groups = getattr(game, f"{part}_optimizer").param_groups
+        decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
+        learned = [p for p in getattr(game, part).parameters() if p.requires_grad]
+        assert decay == {p: 0.3 * (p.ndim > 1) for p in learned}
+    for progress, rate in ((0, 0.2), (0.05, 1.1), (0.1, 2), (0.55, 1), (1, 0)):
+        adios.set_rate(game.model_optimizer, 2.0, progress)
+        assert [g["lr"] for g in game.model_optimizer.param_groups] == approx([rate] * 2)
     for progress in (0, 0.25, 1):
         before = [p.clone() for p in game.model.target.parameters()]
         game.play(shapes().images[:16], progress)
@@ -305,18 +298,11 @@ def test_byols_target_gets_no_gradient_and_follows_the_schedule():
             assert slow.grad is None and not slow.requires_grad
             assert_close(slow, momentum * was + (1 - momentum) * fast)
 
-def test_learning_rates_and_weight_decay():
-    """From a tenth of the peak up, then down to 0; biases and norms have no weight decay."""
-    game = make_game(weight_decay=0.3)
-    for progress, rate in ((0, 0.2), (0.05, 1.1), (0.1, 2), (0.55, 1), (1, 0)):
-        adios.set_rate(game.model_optimizer, 2.0, progress)
-        assert [g["lr"] for g in game.model_optimizer.param_groups] == approx([rate] * 2)
-    for part in ("model", "occluder"):
-        groups = getattr(game, f"{part}_optimizer").param_groups
-        decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
-        assert decay == {p: 0.3 * (p.ndim > 1) for p in getattr(game, part).parameters()}
-
-def test_precision_asks_for_native_bfloat16(monkeypatch):
+def test_precision_and_memory_format_suit_the_device(monkeypatch):
+    for device, width, fast in (("cuda", 8, True), ("cpu", 16, True), ("cpu", 15, False),
+                                ("mps", 64, False), ("xpu", 64, False)):
+        form = adios.memory_format(torch.device(device), width)
+        assert form == (torch.channels_last if fast else torch.contiguous_format)
     for native, dtype in ((False, torch.float16), (True, torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
         assert adios.precision(torch.device("cuda")) == dtype
@@ -339,9 +325,8 @@ class HostTensors(TorchDispatchMode):
 @parametrize("ssl", adios.OBJECTIVES)
 def test_a_step_stays_on_its_device(ssl, monkeypatch):
     """On `meta`, where tensors have no numbers, all fails that a CUDA graph cannot capture."""
-    adam = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **options: adam(
-        parameters, **options | dict(fused=False, foreach=False, capturable=False)))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, adam=torch.optim.AdamW, **options:
+        adam(parameters, **options | dict(fused=False, foreach=False, capturable=False)))
     for masks in adios.SCHEMES:
         for updates in ("alternating", "simultaneous")[:1 + (masks in adios.LEARNED)]:
             game = make_game(torch.device("meta"), masks=masks, updates=updates, ssl=ssl, blur=0.5)
@@ -351,13 +336,11 @@ def test_a_step_stays_on_its_device(ssl, monkeypatch):
             assert not host.lines, (masks, updates, f"adios.py, lines {host.lines}")
             assert all(value.is_meta for value in report.values())
 
-def test_mae_hides_three_quarters_in_patches():
+def test_mae_hides_three_quarters_in_patches_and_beit_three_tenths_in_blocks(monkeypatch):
     masks = adios.hide_patches(torch.zeros(300, 3, 32, 32, device=DEVICE))
     patches = masks.view(300, 8, 4, 8, 4)
     assert (patches == patches[:, :, :1, :, :1]).all() and (masks.mean((1, 2, 3)) == 0.75).all()
     assert (masks.mean((0, 1)) - 0.75).abs().max() < 0.12
-
-def test_beit_hides_three_tenths_in_blocks(monkeypatch):
     view = torch.zeros(400, 3, 64, 64, device=DEVICE)
     share = adios.hide_blocks(view).mean((1, 2, 3))
     assert share.max() <= 0.3 and share.mean().item() == approx(0.29, abs=0.015)
@@ -366,10 +349,9 @@ def test_beit_hides_three_tenths_in_blocks(monkeypatch):
     first = adios.hide_blocks(view)[:, 0]
     height, width = (first.amax(axis).sum(1) for axis in (2, 1))
     assert set(first.unique().tolist()) == {0, 1} and (first.sum((1, 2)) == height * width).all()
-    area, aspect = height * width / 64**2, height / width
+    area, ratio = height * width / 64**2, height / width
     assert 0.07 < area.min() < 0.1 and 0.27 < area.max() <= 0.3
-    assert 0.25 < aspect.min() < 0.4 and 2.6 < aspect.max() < 3.8
-    assert aspect.log().mean().abs() < 0.15
+    assert 0.25 < ratio.min() < 0.4 and 2.6 < ratio.max() < 3.8 and ratio.log().mean().abs() < 0.15
 
 def test_one_mask_is_dealt_to_each_image():
     masks = torch.rand(3000, 3, 1, 1, device=DEVICE)
@@ -402,8 +384,7 @@ def test_every_combination_trains(ssl, encoder):
         report = game.play(images, 0.05)
         assert report.keys() == {"loss", "area_1", *["gain", "area_2"] * learns}, masks
         assert all(value.isfinite() for value in report.values()), masks
-        stay = [same(network, was) for network, was in zip(networks, before)]
-        assert stay == [False, False, not learns], masks
+        assert [same(*pair) for pair in zip(networks, before)] == [False, False, not learns], masks
         area = dict(none=0, mae=0.75, beit=0.29).get(masks, report["area_1"].item())
         assert report["area_1"].item() == approx(area, abs=0.04)
         assert all(p.isfinite().all() for network in networks for p in network.parameters())
@@ -425,7 +406,6 @@ def test_boxes_are_distributed_as_torchvisions(min_crop):
     assert (together[0] - together[1]).abs().max() < 0.1
 
 def test_augmentations_are_torchvisions():
-    """Crops, flips and blur; brightness, contrast, saturation and hue, in this order."""
     images, f = photos(64, 96).float() / 255, v2.functional
     images[0] = 0.5                                      # grey: no hue
     images[1] = torch.eye(3).repeat_interleave(32, 1)[:, :, None]  # pure colours
@@ -435,10 +415,9 @@ def test_augmentations_are_torchvisions():
     factors[2], sigma[2] = torch.tensor([1, 1, 1, 0]), 1e-3  # which leave alone
     crops = adios.crop_and_flip(images.to(DEVICE), boxes.to(DEVICE), flip.to(DEVICE)).cpu()
     adios.colour_jitter_(jittered := images.to(DEVICE, copy=True), factors.to(DEVICE))
-    jittered = jittered.cpu()
     blurred = adios.gaussian_blur(images, sigma)
-    assert_close(jittered[2], images[2], atol=1e-5, rtol=0)
-    assert_close(blurred[2], images[2], atol=1e-5, rtol=0)
+    for left_alone in (jittered[2].cpu(), blurred[2]):
+        assert_close(left_alone, images[2], atol=1e-5, rtol=0)
     for n, (image, s) in enumerate(zip(images, sigma.tolist())):
         crop = f.resized_crop(image, *boxes[n].int().tolist(), [96, 96], antialias=False)
         assert_close(crops[n], crop.flip(2) if flip[n] else crop, atol=1e-4, rtol=0)
@@ -446,7 +425,7 @@ def test_augmentations_are_torchvisions():
             assert_close(blurred[n], f.gaussian_blur(image, [9, 9], [s, s]), atol=1e-5, rtol=0)
         for name, factor in zip(("brightness", "contrast", "saturation", "hue"), factors[n]):
             image = getattr(f, f"adjust_{name}")(image, factor.item())
-        assert_close(jittered[n], image, atol=1e-4, rtol=0)
+        assert_close(jittered[n].cpu(), image, atol=1e-4, rtol=0)
 
 def test_views_are_drawn_with_the_stated_probabilities(monkeypatch):
     drawn = {}
@@ -466,17 +445,14 @@ def test_views_are_drawn_with_the_stated_probabilities(monkeypatch):
         assert low <= column.min() < low + 0.01 and high - 0.01 < column.max() <= high
         assert column.mean().item() == approx((low + high) / 2, abs=0.02)
     assert (torch.corrcoef(moved.T) - torch.eye(4)).abs().max() < 0.08  # each drawn for itself
-    images = photos(4)
-    views = adios.augment(images, Settings(jitter=0, min_crop=1))  # leaves flips and greys
+    views = adios.augment(images := photos(4), Settings(jitter=0, min_crop=1))  # flips and greys
     others = torch.stack((images / 255, v2.functional.rgb_to_grayscale(images / 255, 3)))
     others = torch.cat((others, others.flip(4)))
     assert (views - others).abs().amax((2, 3, 4)).amin(0).max() < 1e-5
 
-def test_two_views_against_pillow(request, capsys):
-    if "two_views_against_pillow" not in request.config.getoption("keyword"):
-        pytest.skip("a benchmark: pytest -k two_views_against_pillow")
-    settings, rates = Settings(dataset="stl10"), []
-    images = torch.randint(256, (32, 3, 96, 96), dtype=torch.uint8)
+@skipif("'two_views_against_pillow' not in config.option.keyword", reason="a benchmark")
+def test_two_views_against_pillow(capsys):
+    settings, images, rates = Settings(dataset="stl10"), photos(32, 96), []
     pictures = [v2.functional.to_pil_image(image) for image in images]
     pillow = v2.Compose([
         v2.RandomResizedCrop(96, (settings.min_crop, 1)), v2.RandomHorizontalFlip(),
@@ -485,25 +461,19 @@ def test_two_views_against_pillow(request, capsys):
     torch.set_num_threads(1)
     for make in [lambda: [adios.augment(images, settings) for _ in "AB"],
                  lambda: torch.stack([pillow(p) for p in pictures for _ in "AB"]) / 255] * 20:
-        start = time.perf_counter()
-        make()
-        rates.append(len(images) / (time.perf_counter() - start))
+        rates.append(len(images) / timeit.timeit(make, number=1))
     ours, theirs = torch.tensor(rates).view(20, 2)[1:].median(0).values.tolist()
     with capsys.disabled():
         print(f"\ntwo views at 96 px, images/s on one thread: {ours:.0f}; by torchvision of Pillow "
               f"images: {theirs:.0f}; ratio {ours / theirs:.1f}")
 
 # ---- Data ----------------------------------------------------------------------------------------
-def test_shapes_are_the_same_everywhere_for_a_seed():
+def test_shapes_are_as_described_and_the_same_everywhere_for_a_seed():
     data = shapes(limit=200, seed=3)
     parts = torch.cat((data.images, data.test_images, data.backgrounds["mixed_rand"][0]))
     assert hashlib.sha256(parts.numpy().tobytes()).hexdigest()[:16] == "f813e4c0edf6b4de"
     assert not torch.equal(data.images, shapes(limit=200, seed=4).images)
     assert not torch.equal(data.images, data.test_images[:200])
-
-def test_shapes_are_as_described():
-    """Objects cover a third, in two tones; two halves of a background have tones of one hue, which
-    tells the class nine times in ten, unless backgrounds are shuffled."""
     data = shapes(limit=0)
     assert data.images.shape == (4000, 3, 32, 32) and data.labels.bincount().tolist() == [400] * 10
     truth, (labels, objects, coverage, behind) = data.test_masks, adios.draw_shapes(1000, 32, 1)
@@ -513,7 +483,7 @@ def test_shapes_are_as_described():
     tones = rgb_to_hsv(np.stack([x.flatten(1).unique(dim=1).T / 255 for x in objects]))
     assert tones.shape == (1000, 2, 3)  # stripes of the class's hue
     shift = (torch.tensor(tones[..., 0]) - (3 * labels[:, None] + 5) / 10 + 0.5) % 1 - 0.5
-    assert shift.std().item() == approx(0.03, abs=0.003) and (shift[:, 0] - shift[:, 1]).max() < 0.02
+    assert shift.std().item() == approx(0.03, abs=0.003) and -shift.diff().min() < 0.02
     assert 0.24 < np.ptp(tones[..., 2], 1).min() and np.ptp(tones[..., 2], 1).max() < 0.51
     value = behind.amax(1).flatten(1).float()  # of two levels, each ± 10
     low, high = value.amin(1, keepdim=True) + 10, value.amax(1, keepdim=True) - 10
@@ -525,12 +495,11 @@ def test_shapes_are_as_described():
     inside = (F.max_pool2d(1 - truth[:, None].float(), 3, 1, 1) == 0).expand(-1, 3, -1, -1)
     for name, (images, same_labels) in data.backgrounds.items():
         mean = (images / 255 * outside).sum((2, 3)) / outside.sum((2, 3)).clamp_min(1)
-        hue = torch.tensor(rgb_to_hsv(mean))[:, 0]
-        tells[name] = ((10 * hue).round() % 10 == labels).float().mean().item()
+        hue = 10 * rgb_to_hsv(mean)[:, 0]
+        tells[name] = (hue.round() % 10 == labels.numpy()).mean()
         assert name == "only_bg_t" or (images == data.test_images)[inside].float().mean() > 0.998
-        change = (images.float() - data.test_images).abs() * outside
-        changed = (change.amax((1, 2, 3)) > 5).float().mean().item()
-        assert changed > 0.9 or name in ("original", "only_bg_t") and changed == 0
+        change = ((images.float() - data.test_images).abs() * outside).amax((1, 2, 3)) > 5
+        assert change.float().mean() > 0.9 or name in ("original", "only_bg_t") and not change.any()
         assert torch.equal(same_labels, labels)
     assert tells["original"] == approx(0.9, abs=0.03) and tells["mixed_same"] > 0.87
     assert tells["mixed_rand"] < 0.2 and tells["only_bg_t"] > 0.87
@@ -544,6 +513,9 @@ def test_statistics_are_of_images_of_all_kinds():
     std, mean = torch.std_mean(images[:, :3].double() / 255, (0, 2, 3), keepdim=True)
     assert_close(adios.Data(images, *[None] * 5).statistics(), (mean.float(), std.float()))
 
+def load(**changes):
+    return adios.load_data(Settings(**FOLDER | changes), CPU)
+
 def write_stl10(root, **counts):
     """A small STL10 in the files' own format: column-major images, labels from 1."""
     folder, rng = Path(root, "stl10_binary"), np.random.default_rng(0)
@@ -554,74 +526,63 @@ def write_stl10(root, **counts):
         images.tofile(folder / f"{name}_X.bin")
         (np.arange(count, dtype=np.uint8) % 10 + 1).tofile(folder / f"{name}_y.bin")
     (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
-    (folder / "fold_indices.txt").write_text("0\n")
 
 def test_stl10_trains_on_the_unlabelled_and_scores_on_the_labelled(monkeypatch, light):
     write_stl10("d")
-    made, load = [], datasets.STL10.__init__
-    monkeypatch.setattr(datasets.STL10, "__init__", lambda self, *a, **k: made.append(self) or load(
+    made, banks, make, knn = [], [], datasets.STL10.__init__, adios.knn_accuracy
+    monkeypatch.setattr(datasets.STL10, "__init__", lambda self, *a, **k: made.append(self) or make(
         self, *a, **k))
     tracemalloc.start()
-    data = adios.load_data(Settings(dataset="stl10", data_dir="d", batch_size=16), CPU)
+    data = load(dataset="stl10")
     peak, _ = tracemalloc.get_traced_memory()[1], tracemalloc.stop()
     assert peak < 2.2 * data.images.nbytes + data.test_images.nbytes  # torchvision's, and no copy
     assert [part.data.ctypes.data for part in made] == [
         data.images.data_ptr(), data.test_images.data_ptr()]
-    few = adios.load_data(Settings(dataset="stl10", data_dir="d", batch_size=16, limit=30), CPU)
-    assert few.images.untyped_storage().nbytes() == (30 + 40) * 3 * 96**2  # and no more is held
+    assert load(dataset="stl10", limit=30).images.untyped_storage().nbytes() == 70 * 3 * 96**2
     assert data.images.shape == (80, 3, 96, 96) and (data.images[:, 0, :, 0] == 7).all()
     assert sorted(data.labels.tolist()) == [-1] * 40 + sorted([*range(10)] * 4)
     assert data.test_images.shape == (40, 3, 96, 96) and data.test_labels[9:11].tolist() == [9, 0]
     write_stl10("e", train=1, unlabeled=60)
     with pytest.raises(AdiosError, match="--limit 2 leaves no labelled image"):
-        adios.load_data(Settings(dataset="stl10", data_dir="e", batch_size=2, limit=2), CPU)
-    banks, knn = [], adios.knn_accuracy
+        load(dataset="stl10", data_dir="e", batch_size=2, limit=2)
     monkeypatch.setattr(adios, "knn_accuracy", lambda *a: banks.append(a[1]) or knn(*a))
     results = adios.train(Settings(**FOLDER | dict(dataset="stl10", image_size=32, epochs=1)))
     assert banks and all(len(labels) == 40 and labels.min() == 0 for labels in banks)
     assert "knn" in results and not {"object_iou", "knn_shuffled_background"} & results.keys()
 
-@parametrize("name, folder, key, classes", [("cifar10", "cifar-10-batches-py", "labels", 10),
-                                            ("cifar100", "cifar-100-python", "fine_labels", 100)])
-def test_cifar_is_read(monkeypatch, name, folder, key, classes):
-    make, folder = getattr(datasets, name.upper()), Path("d", folder)
-    folder.mkdir(parents=True)
-    rows = np.arange(20 * 3072).reshape(20, 3072).astype(np.uint8)
-    content = pickle.dumps({"data": rows, key: [i % classes for i in range(20)]})
-    for split in make.train_list + make.test_list:
-        (folder / split[0]).write_bytes(content)
-    meta = pickle.dumps({make.meta["key"]: [f"class{i}" for i in range(classes)]})
-    (folder / make.meta["filename"]).write_bytes(meta)
-    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *a: True)
-    data = adios.load_data(Settings(dataset=name, data_dir="d", batch_size=16), CPU)
-    assert len(data.images) == 20 * len(make.train_list) and len(data.test_images) == 20
+@parametrize("name, key, classes", [("cifar10", "labels", 10), ("cifar100", "fine_labels", 100)])
+def test_cifar_is_read(name, key, classes):
+    kind, rows = getattr(datasets, name.upper()), np.arange(20 * 3072).reshape(20, 3072)
+    batch = {"data": rows.astype(np.uint8), key: [i % classes for i in range(20)]}
+    files = {file: batch for file, _ in kind.train_list + kind.test_list}
+    files[kind.meta["filename"]] = {kind.meta["key"]: [f"class{i}" for i in range(classes)]}
+    Path("d", kind.base_folder).mkdir(parents=True)
+    for file, content in files.items():
+        Path("d", kind.base_folder, file).write_bytes(pickle.dumps(content))
+    data = load(dataset=name)
+    assert len(data.images) == 20 * len(kind.train_list) and len(data.test_images) == 20
     assert torch.equal(data.images[1].flatten(), torch.arange(3072, 6144).to(torch.uint8))
     assert data.labels[9:12].tolist() == [9, 10 % classes, 11 % classes]
 
 def test_flowers102_is_read():
-    folder = Path("d/flowers-102")
-    (folder / "jpg").mkdir(parents=True)
+    os.makedirs("d/flowers-102/jpg")
     for n in range(1, 25):
-        Image.new("RGB", (80, 70), (10 * n, 0, 0)).save(folder / f"jpg/image_{n:05}.jpg")
+        Image.new("RGB", (80, 70), (10 * n, 0, 0)).save(f"d/flowers-102/jpg/image_{n:05}.jpg")
     ids = {"trnid": range(1, 13), "valid": range(13, 15), "tstid": range(15, 25)}
-    scipy.io.savemat(folder / "setid.mat", {name: [[*rows]] for name, rows in ids.items()})
-    scipy.io.savemat(folder / "imagelabels.mat", {"labels": [[*range(1, 25)]]})
-    data = adios.load_data(Settings(dataset="flowers102", data_dir="d", batch_size=8), CPU)
+    scipy.io.savemat("d/flowers-102/setid.mat", {name: [[*rows]] for name, rows in ids.items()})
+    scipy.io.savemat("d/flowers-102/imagelabels.mat", {"labels": [[*range(1, 25)]]})
+    data = load(dataset="flowers102")
     assert data.images.shape == (12, 3, 96, 96) and data.test_images.shape == (10, 3, 96, 96)
     assert data.labels.tolist() == [*range(12)] and data.test_labels.tolist() == [*range(14, 24)]
     assert (data.test_images[:, 0, 40, 40].int() - torch.arange(150, 250, 10)).abs().max() <= 3
 
 def write_folder(root, classes=("cat", "dog"), count=8):
-    for split, (c, name) in ((s, pair) for s in ("train", "val") for pair in enumerate(classes)):
-        Path(root, split, name).mkdir(parents=True)
-        for i in range(count):
-            pixels = np.full((60 + 5 * i, 80, 3), (200, 40 * c, 10 * i), np.uint8)
-            Image.fromarray(pixels).save(Path(root, split, name, f"{i}.png"))
+    for split, (c, name), i in product(("train", "val"), enumerate(classes), range(count)):
+        Path(root, split, name).mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGB", (80, 60 + 5 * i), (200, 40 * c, 10 * i))
+        picture.save(Path(root, split, name, f"{i}.png"))
 
-def load_folder(**changes):
-    return adios.load_data(Settings(**FOLDER | changes), CPU)
-
-def test_folder_is_resized_cropped_and_labelled(capsys):
+def test_a_folder_and_its_backgrounds_are_resized_cropped_and_labelled(capsys):
     write_folder("d")
     tall = np.zeros((200, 100, 3), np.uint8)
     tall[50:150] = 255  # the middle square
@@ -631,92 +592,85 @@ def test_folder_is_resized_cropped_and_labelled(capsys):
     for name in ("train/.DS_Store", "train/cat/._photo.jpg", "val/dog/.DS_Store", "val/a.txt",
                  "train/cat/b.HEIC", "train/dog/c.heic", "train/montage.jpg", "val/cat/README"):
         Path("d", name).write_bytes(b"not a picture")
-    data = load_folder()
+    data = load()
     assert capsys.readouterr().err.endswith(": .heic 2, .jpg 1, .txt 1, no extension 1\n")
     assert data.images.shape == (16, 3, 64, 64) and data.classes == ["cat", "dog"]
     assert data.labels.tolist() == data.test_labels.tolist() == [0] * 8 + [1] * 8
     assert [tuple(image[:, 30, 30].tolist()) for image in data.images] == [
         (200, 40 * c, 10 * i) for c in range(2) for i in range(8)]
-    assert (data.test_images[0, :, 2:-2] == 255).all() and not data.backgrounds
+    assert (data.test_images[0, :, 2:-2] == 255).all()
+    Path("d/original").mkdir()  # of raw photos: not a part of the Backgrounds Challenge
+    Image.new("RGB", (70, 70)).save("d/original/photo.jpg")
+    for place in ("only_fg", "mixed_same/val", "mixed_rand"):
+        assert not load().backgrounds
+        shutil.copytree("d/val", Path("d", place))
+    os.remove("d/mixed_rand/dog/0.png")
+    backgrounds = load().backgrounds
+    assert backgrounds.keys() == {"only_fg", "mixed_same", "mixed_rand"}
+    assert torch.equal(backgrounds["mixed_same"][0], data.test_images)
+    assert backgrounds["mixed_rand"][1].tolist() == [0] * 8 + [1] * 7
 
+@pytest.mark.filterwarnings("error")
 def test_images_of_all_kinds_are_read(refused):
-    """Also those taken with the camera on its side; those of other depths are refused by name."""
-    write_folder("d", ("Bär und Öl", "cat"), 7)
-    place, grey = Path("d/train/Bär und Öl"), Image.fromarray(np.full((64, 64), 100, np.uint8))
-    images = {"0.png": grey, "1.png": grey.convert("P"), "2.tif": grey.convert("CMYK"),
-              "3.png": grey.convert("RGBA"), "4.png": grey.convert("1", dither=0)}
-    shutil.rmtree(place)
-    place.mkdir()
-    for name, image in images.items():
-        image.save(place / name)
-    grey.convert("RGB").save(place / "5.webp", save_all=True, lossless=True,
-                             append_images=[Image.new("RGB", (64, 64))])
+    write_folder("d", ("cat",), 7)
+    shutil.copytree("d/val/cat", "d/val/Ba\u0308r und O\u0308l")  # as macOS writes it
+    place, grey = Path("d/train/Bär und Öl"), Image.new("L", (64, 64), 100)
     photo, exif = Image.new("RGB", (64, 64)), Image.Exif()
+    image_width, resolution_unit, orientation = 0x100, 0x128, 0x112
+    modes = {"0.png": "L", "1.png": "P", "2.tif": "CMYK", "3.png": "RGBA", "4.png": "1"}
+    place.mkdir()
+    for name, mode in modes.items():
+        grey.convert(mode, dither=0).save(place / name)
+    for kind in ("avif", "gif", "jfif"):
+        photo.save(f"d/val/cat/7.{kind}")
+    grey.save(place / "5.webp", save_all=True, lossless=True, append_images=[photo])
     photo.paste((255, 255, 255), (0, 0, 64, 32))  # its upper part is white
-    exif[0x0112] = 6  # to be turned clockwise: its right part is white
+    exif[orientation] = 6  # to be turned clockwise: its right part is white
     photo.save(place / "6 ü.jpg", exif=exif)
-    data = load_folder(batch_size=2)
+    data = load(batch_size=2)
     means = data.images[:6].float().mean((2, 3))
     assert data.classes == ["Bär und Öl", "cat"] and (data.labels == 0).sum() == 7
+    assert data.test_labels.tolist() == [0] * 7 + [1] * 10
     assert (means[[0, 1, 2, 3, 5]] - 100).abs().max() <= 2 and means[4].tolist() == [0, 0, 0]
     assert data.images[6, :, :, 40:].min() > 200 and data.images[6, :, :, :24].max() < 50
-    image_width, resolution_unit, orientation = 0x100, 0x128, 0x112
     odd = ({image_width: -5, orientation: 6}, {resolution_unit: 90000}, {})
     for n, tags in enumerate(odd):  # which are not to cost sound pixels
         entries = b"".join(struct.pack("<HHIi", tag, 9, 1, tags[tag]) for tag in sorted(tags))
         exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries
         photo.save(f"d/val/cat/{n}.jpg", exif=exif if tags else b"Exif\0\0nonsense")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        data = load_folder(batch_size=2)
-    turned, *others = data.test_images[[7, 9, 11]]  # 0.jpg, 1.jpg and 2.jpg of cat
+    turned, *others = load(batch_size=2).test_images[[7, 9, 11]]  # 0.jpg, 1.jpg, 2.jpg of cat
     assert turned[:, :, 40:].min() > 200 and all(other[:, :24].min() > 200 for other in others)
-    for mode, pixels in (("I", np.int32), ("I;16", np.uint16), ("F", np.float32)):
-        Image.fromarray(np.full((64, 64), 100, pixels)).save(f"d/val/cat/{mode[-1]}.tif")
-        for says in (f"{Path('d/val/cat', mode[-1])}.tif (", f"mode {mode},"):
-            refused(*flags(**FOLDER), says=says)
-
-def test_all_that_pillow_reads_is_read_and_nothing_is_lost_in_silence(refused, monkeypatch):
-    write_folder("d", ("ü", "dog"))
-    for kind in ("avif", "gif", "jfif"):
-        Image.new("RGB", (64, 64)).save(f"d/val/dog/0.{kind}")
-    os.rename("d/val/ü", Path("d/val", unicodedata.normalize("NFD", "ü")))
-    data = load_folder()
-    assert data.classes == ["dog", "ü"] and data.test_labels.tolist() == [0] * 11 + [1] * 8
-    def link(path):
-        os.symlink("nowhere", path)
-    for path, make, undo in (("d/val/cow", link, os.remove), ("d/train/dog/a", link, os.remove),
-                             ("d/train/dog/9.png", os.mkdir, os.rmdir)):
-        make(path)
-        refused(*flags(**FOLDER), says=f"mend or remove them: {Path(path)}")
-        undo(path)
-    os.mkdir("d/train/dog/a")
-    access = os.access  # as of a folder that may not be entered
-    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and (
-        Path(path) != Path("d/train/dog/a")))
-    refused(*flags(**FOLDER), says=f"mend or remove them: {Path('d/train/dog/a')}")
+    for mode in ("I", "I;16", "F"):
+        Image.new(mode, (64, 64), 100).save(f"d/val/cat/{mode[-1]}.tif")
+        refused(*flags(**FOLDER), says=f"{Path('d/val/cat', mode[-1])}.tif (mode {mode},")
 
 def test_limit_takes_a_seeded_part_and_decodes_nothing_else(monkeypatch):
     write_folder("d")
     opened, read = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path: opened.append(Path(path)) or read(path))
-    data, again, other = (load_folder(limit=10, seed=seed) for seed in (0, 0, 1))
+    data, again, other = (load(limit=10, seed=seed) for seed in (0, 0, 1))
     assert len(opened) == 3 * (10 + 16) and sum("train" in path.parts for path in opened) == 3 * 10
     assert torch.equal(data.images[:, 1, 0, 0], 40 * data.labels) and len(data.labels) == 10
     assert torch.equal(data.images, again.images) and not torch.equal(data.images, other.images)
 
-def test_damaged_files_are_named_at_once(refused):
+def test_lost_and_damaged_files_are_named_at_once(refused, monkeypatch):
     write_folder("d", count=12)
-    contents = [b"", b"not a picture", Path("d/train/dog/3.png").read_bytes()[:60]]
-    for n in range(2):
-        Path(f"d/val/dog/{n}.png").write_bytes(contents[n])
-    os.remove("d/train/cat/2.png")
-    os.symlink("nowhere", "d/train/cat/2.png")
-    for path in ("train/cat/2.png", "val/dog/0.png", "val/dog/1.png"):
-        refused(*flags(**FOLDER), says=str(Path("d", path)))
-    for n in range(11):
-        Path(f"d/train/dog/{n}.png").write_bytes(contents[n % 3])
-    refused(*flags(**FOLDER), says=" and 4 more")
+    first, *bad = Path("d/train/cat/2.png"), *(Path(f"d/val/dog/{n}.png") for n in range(12))
+    link, lost = partial(os.symlink, "nowhere"), Path("d/train/dog/a")
+    for path, make, undo in ((Path("d/val/cow"), link, os.remove), (lost, link, os.remove),
+                             (Path("d/train/dog/99.png"), os.mkdir, os.rmdir)):
+        make(path)
+        refused(*flags(**FOLDER), says=f"mend or remove them: {path}")
+        undo(path)
+    first.unlink()
+    link(first)
+    for path, content in zip(bad, [b"", b"not a picture", bad[0].read_bytes()[:60]] * 4):
+        path.write_bytes(content)
+    for says in (*map(str, [first, *bad[:3]]), " and 3 more"):
+        refused(*flags(**FOLDER), says=says)
+    lost.mkdir()  # a folder that may not be entered
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != lost)
+    refused(*flags(**FOLDER), says=f"mend or remove them: {lost}")
 
 def test_what_is_wrong_with_a_folder_is_said_before_it_is_decoded(refused, monkeypatch):
     monkeypatch.setattr(adios, "decode", None)
@@ -731,40 +685,21 @@ def test_what_is_wrong_with_a_folder_is_said_before_it_is_decoded(refused, monke
     shutil.copytree("d/train", "d/val")
     refused(*args, says="mixed_rand have other classes: cow, dog")
     refused(*args, "--out=d/val/cat/0.png/o", says="--out d/val/cat/0.png/o")
-    os.rename("d/val/cat", "d/val/cow")
-    refused(*args, says="cat, cow")
-    shutil.rmtree("d/val/cow")
     Path("d/val/cow").mkdir()
-    refused(*args, says="cow")
-
-def test_the_backgrounds_challenge_is_read_where_it_is():
-    """Raw photos in a folder that happens to be called `original` are not a part of it."""
-    write_folder("d")
-    Path("d/original").mkdir()
-    Image.new("RGB", (70, 70)).save("d/original/photo.jpg")
-    for place in ("only_fg", "mixed_same/val", "mixed_rand"):
-        assert not load_folder().backgrounds
-        shutil.copytree("d/val", Path("d", place))
-    os.remove("d/mixed_rand/dog/0.png")
-    data = load_folder()
-    assert data.backgrounds.keys() == {"only_fg", "mixed_same", "mixed_rand"}
-    assert torch.equal(data.backgrounds["mixed_same"][0], data.test_images)
-    assert data.backgrounds["mixed_rand"][1].tolist() == [0] * 8 + [1] * 7
+    refused(*args, says="file for the classes cow")
+    shutil.copy("d/val/cat/0.png", "d/val/cow")
+    refused(*args, says="train and val have other classes: cow")
 
 # ---- Metrics and evaluation ----------------------------------------------------------------------
-def test_knn_by_hand():
-    """Training features point to 10° and 30°, class 0, and to 90°, class 1. To 75°, class 1 is
-    nearest, but with k 3 and a mild temperature the two of class 0 outvote it."""
+def test_metrics_by_hand():
     def at(*degrees):
         return torch.tensor([(math.cos(a), math.sin(a)) for a in map(math.radians, degrees)])
-    bank, labels = at(10, 30, 90), torch.tensor([0, 0, 1])
+    bank, labels = at(10, 30, 90), torch.tensor([0, 0, 1])  # to 75° class 1 is the nearest
     for tests, k, temperature, truth, share in (
-            ([45], 1, 0.07, [0], 1), ([75], 1, 0.07, [1], 1), ([75], 3, 1, [0], 1),
+            ([45], 1, 0.07, [0], 1), ([75], 1, 0.07, [1], 1), ([75], 3, 1, [0], 1),  # outvoted
             ([75], 3, 0.07, [1], 1), ([20, 85, 85, 85], 20, 0.07, [0, 1, 0, 1], 0.75)):
         truth = torch.tensor(truth)
         assert adios.knn_accuracy(bank, labels, at(*tests), truth, k, temperature) == share
-
-def test_iou_top_k_and_spread_by_hand():
     truth, masks = torch.zeros(2, 4, 4, dtype=torch.bool), torch.full((2, 2, 4, 4), 0.5)
     truth[0, :2] = truth[1, 0, 0] = True  # 8 pixels and one
     masks[0, 1] = torch.tensor([0.6, 0.6, 0.6, 0.4])[:, None]  # 12 pixels, 8 of them right
@@ -776,15 +711,12 @@ def test_iou_top_k_and_spread_by_hand():
     flat = torch.cat((torch.randn(2000, 32), torch.zeros(2000, 32)), 1)
     for z, spread in ((5 * torch.randn(2000, 64), 1), (torch.ones(9, 64), 0), (flat, 0.5**0.5)):
         assert adios.embedding_spread(z) == approx(spread, abs=0.05)
-
-def test_colours_alone_by_hand():
-    """A black and white object before greys, and a bright one, of two tones, before dark ones."""
+    # a black and white object before greys, and a bright one, of two tones, before dark ones
     images = torch.tensor([[0, 255, 120, 140], [255, 250, 0, 20]], dtype=torch.uint8)
     images = images.repeat_interleave(2, 1)[:, None, :, None].expand(-1, 3, -1, 8)
     truth = (torch.arange(8) < 4)[None, :, None].expand(2, 8, 8)
     assert adios.colour_iou(images, truth, 0) == approx(dict(
-        iou_threshold=(1 / 3 + 1) / 2, iou_2_means=(1 / 2 + 1) / 2, iou_3_means=(1 / 2 + 1) / 2,
-        iou_4_means=(1 / 2 + 1 / 2) / 2))
+        iou_threshold=2 / 3, iou_2_means=3 / 4, iou_3_means=3 / 4, iou_4_means=1 / 2))
 
 def test_features_and_masks_are_of_unmasked_images_in_evaluation():
     game, images = make_game(), shapes(masks="object").images[:40]
@@ -799,7 +731,6 @@ def test_features_and_masks_are_of_unmasked_images_in_evaluation():
     assert ((masks == truth).all((1, 2, 3)) | (masks == 1 - truth).all((1, 2, 3))).all()
 
 def test_cluster_metrics_and_linear_probe():
-    """Clusters are told from noise; the probe is logistic regression on standardised features."""
     labels = torch.arange(600) % 12
     features, noise = torch.randn(12, 16)[labels] + 0.1 * torch.randn(600, 16), torch.randn(600, 16)
     clear, none, few = (adios.cluster_metrics(*data, 12, 0).values() for data in (
@@ -823,16 +754,14 @@ def scores_in(folder):
     return scores
 
 def test_a_short_run_is_learned_and_evaluated(capsys):
-    """What is scored afterwards fits the run and leaves its files as they are."""
     trained = adios.train(Settings(limit=1280, epochs=4, batch_size=32, out="o"))
     assert trained["object_iou"] > trained["object_iou_untrained"] + 0.1
     assert trained["knn"] > 0.4 and trained["embedding_spread"] > 0.4
     Path("o/masks.png").write_text("the run's own")
     before = files_in("o")
     assert adios.main(["--evaluate", "o/checkpoint.pt", "--finetune", "--epochs", "3"]) == 0
-    scores, after = scores_in("o"), files_in("o")
-    assert after.keys() - before.keys() == {"evaluation.json", "neighbours.png"}
-    assert all(after[name] == content for name, content in before.items())
+    scores, now = scores_in("o"), files_in("o")
+    assert now | before == now and now.keys() - before == {"evaluation.json", "neighbours.png"}
     assert scores["knn_top1"] == approx(trained["knn"], abs=0.005) and "knn_top5" not in scores
     assert scores["linear_original"] == scores["linear_top1"] > scores["linear_only_fg"]
     gap = scores["linear_mixed_same"] - scores["linear_mixed_rand"]
@@ -843,8 +772,8 @@ def test_a_short_run_is_learned_and_evaluated(capsys):
     assert f"{scores['linear_top1']:.3f}\n" in capsys.readouterr().out
     adios.ResNet18(16).load_state_dict(torch.load("o/encoder.pt", weights_only=True))
 
+@pytest.mark.filterwarnings("error")
 def test_evaluation_on_other_data(reference, refused, capsys, light):
-    """One image per class; the Backgrounds Challenge; pictures without classes."""
     shutil.copytree(reference, "o")
     write_folder("d", [f"class{n:02}" for n in range(12)], 1)
     for name in ("original", "mixed_same/val", "mixed_rand"):
@@ -871,9 +800,7 @@ def test_evaluation_on_other_data(reference, refused, capsys, light):
     write_folder("f", ("of one", "colour"), 9)
     for path in Path("f").rglob("*.png"):
         Image.new("RGB", (40, 40)).save(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert adios.main([*args, "--data-dir=f"]) == 0
+    assert adios.main([*args, "--data-dir=f"]) == 0
     shutil.copytree(reference, "o/shapes")  # a run of its own
     Path("o/folder/e/notes.txt").write_text("mine")
     refused(*flags(out="o"), says="folder/e/masks.png")
@@ -891,91 +818,75 @@ def test_fine_tuning_in_half_precision(monkeypatch):
         assert adios.finetune(make_game(blur=1.0, epochs=1), shapes()).isfinite().all()
 
 def test_pictures_show_what_they_are_given():
+    for count in (1, 12, 13, 23, 24, 1000):  # evenly spaced
+        rows = adios.some(torch.arange(count))
+        assert len(rows) == min(count, 12) and rows[0] == 0 and rows[-1] == count - 1
+        assert count == 1 or 0 < rows.diff().max() <= rows.diff().min() + 1
     images, masks = torch.zeros(3, 3, 8, 8).byte(), torch.zeros(3, 2, 8, 8)
     images[:, 0], masks[:, 0, :4], masks[:, 1, 4:] = 255, 1, 1
     shown = [axis.images[0].get_array() for axis in adios.plot_masks(images, masks).axes]
     assert len(shown) == 4 * 3 and (shown[0] == [1, 0, 0]).all()
     assert (shown[3][:4] == 1).all() and (shown[3][4:] == 0).all() and (shown[6][4:] == 1).all()
-    for row, colour in ((0, adios.COLOURS[0]), (7, adios.COLOURS[1])):  # over grey
-        assert np.allclose(shown[9][row, 0], 0.35 * 76 / 255 + 0.65 * np.array(to_rgb(colour)))
     log = [dict(epoch=1, loss=3.0, gain=2.5, area_1=0.4), dict(epoch=2, loss=2.0, area_1=0.3)]
     losses, areas, _ = ([line.get_xydata().tolist() for line in axis.lines]
                         for axis in adios.plot_curves(log).axes)
     assert losses == [[[1, 3], [2, 2]], [[1, 2.5]]] and areas == [[[1, 0.4], [2, 0.3]]]
     frame = adios.film_frame(images, masks, 7)  # tiles of 64 pixels, 2 apart
     assert frame[:, 30, 30].tolist() == frame[:, 30, 160].tolist() == [255, 0, 0]
-    for row, colour in ((10, adios.COLOURS[0]), (60, adios.COLOURS[1])):
-        over = 255 * (0.35 * 76 / 255 + 0.65 * torch.tensor(to_rgb(colour)))
-        assert_close(frame[:, 68 + row, 10].float(), over, atol=1, rtol=0)
-    noise, content = [*torch.randint(256, (39, *frame.shape), dtype=torch.uint8)], io.BytesIO()
+    for n, colour in enumerate(adios.COLOURS[:2]):
+        over_grey = 0.35 * 76 / 255 + 0.65 * torch.tensor(to_rgb(colour))
+        assert np.allclose(shown[9][7 * n, 0], over_grey)
+        assert_close(frame[:, 78 + 50 * n, 10].float(), 255 * over_grey, atol=1, rtol=0)
+    noise = torch.randint(256, (39, *frame.shape), dtype=torch.uint8)
     for frames in ([frame, frame.flip(0)], [frame, *noise]):
-        content.seek(0), content.truncate(), adios.save_film(frames, content)
-        film = Image.open(content)
+        adios.save_film(frames, "film.gif")
+        film = Image.open("film.gif")
         assert film.n_frames == len(frames)
         assert_close(v2.functional.pil_to_tensor(film.convert("RGB")), frame, atol=20, rtol=0)
 
+@pytest.mark.filterwarnings("error")
 def test_pictures_are_the_same_whatever_a_user_set():
-    """And whatever classes are called; long names stay apart."""
-    names, figures = ["a$%$b", "\udcff", "漢字", "001.Black_footed_Albatross_of_the_North", "dog"], []
+    names, figures = ["a$%$b", "\udcff", "漢字", "001.Black_footed_Albatross_of_the_North", "x"], []
     data = adios.Data(*[torch.zeros(12, 3, 8, 8).byte(), torch.arange(12) % 5] * 2, names, {})
     def draw():
-        features = torch.eye(12)
-        figures.append(adios.plot_neighbours(data, torch.arange(12), features, features))
+        figures.append(adios.plot_neighbours(data, torch.arange(12), torch.eye(12), torch.eye(12)))
         return figures[-1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        adios.save_figure(Path("a.png"), draw)
-        with matplotlib.rc_context({"savefig.format": "pdf", "text.usetex": True, "font.size": 40,
-                                    "image.origin": "lower"}):
-            adios.save_figure(Path("b.png"), draw)
-    assert Path("a.png").read_bytes() == Path("b.png").read_bytes() and Image.open("a.png")
+    adios.save_figure(Path("a.png"), draw)
+    with adios.style.context({"savefig.format": "pdf", "text.usetex": True, "font.size": 40,
+                              "image.origin": "lower"}):
+        adios.save_figure(Path("b.png"), draw)
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    adios.read_picture("a.png")
     boxes = [axis.title.get_window_extent() for axis in figures[0].axes]
-    assert not any(a.x1 > b.x0 for n in range(12) for a, b in zip(boxes[9 * n:], boxes[9 * n + 1:9 * n + 9]))
+    assert not any(a.x1 > b.x0 for n, (a, b) in enumerate(zip(boxes, boxes[1:])) if n % 9 < 8)
 
-@parametrize("count", [1, 12, 13, 23, 24, 1000])
-def test_some_are_evenly_spaced(count):
-    rows = adios.some(torch.arange(count))
-    steps = rows.diff()
-    assert len(rows) == min(count, 12) and rows[0] == 0 and rows[-1] == count - 1
-    assert count == 1 or 0 < steps.max() <= steps.min() + 1
-
-PROCESS = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
-import adios, test_adios
-assert adios.main(test_adios.flags(epochs=1, out="o")) == 0
-rank, kept, views = dist.get_rank(), {}, torch.load("views.pt")
-for ssl in adios.OBJECTIVES:
-    torch.manual_seed(0)
-    game = test_adios.make_game(ssl=ssl, masks="adios")
-    torch.manual_seed(rank)
-    loss = game.play(torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), 0.1)["loss"]
-    kept[ssl] = ([loss, *game.model.parameters(), *game.occluder.parameters()],
-                 test_adios.loss_and_gradients(views[:, 8 * rank:8 * rank + 8], ssl))
-torch.save(kept, f"{rank}.pt")
-"""
+def play_one():
+    """A process of the two of the test below."""
+    assert adios.main(flags(epochs=1, out="o")) == 0
+    kept, views = {}, torch.load("views.pt")[:, 8 * adios.RANK:8 * adios.RANK + 8]
+    for ssl in adios.OBJECTIVES:
+        torch.manual_seed(0)
+        game = make_game(ssl=ssl, masks="adios")
+        torch.manual_seed(adios.RANK)
+        loss = game.play(torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), 0.1)["loss"]
+        kept[ssl] = ([loss, *game.model.parameters(), *game.occluder.parameters()],
+                     loss_and_gradients(views, ssl))
+    torch.save(kept, f"{adios.RANK}.pt")
 
 def loss_and_gradients(views, ssl):
-    """Of a step without batch norms, which would see each process's images only."""
     torch.manual_seed(0)
     game = make_game(ssl=ssl, encoder="vit_tiny", masks="adios")
-    for parent in [m for m in game.model.modules() if isinstance(m, torch.nn.Sequential)]:
-        for n, layer in enumerate(parent):
-            if isinstance(layer, torch.nn.BatchNorm1d):
-                parent[n] = torch.nn.Identity()
+    for layer in game.model.modules():
+        if isinstance(layer, torch.nn.BatchNorm1d):
+            layer.eval()  # else it would see each process's images only
     game.two_views = lambda images: (views, [None, None])
     loss = game.step(None, True)["loss"]  # at learning rate 0
     return [loss, *gradients(game.model), *gradients(game.occluder)]
 
 def test_two_processes_play_one_game():
-    """Loss and gradients are those of the joined batch; process 0 alone reports on a run."""
     views = torch.randn(2, 16, 3, 32, 32)
     torch.save(views, "views.pt")
-    Path("process.py").write_text(PROCESS)
-    command = "-m torch.distributed.run --standalone --nproc-per-node=2 process.py".split()
-    done = subprocess.run([sys.executable, *command, HERE], capture_output=True, text=True,
-                          timeout=300, env=os.environ | dict(CUDA_VISIBLE_DEVICES=""))
-    assert done.returncode == 0, done.stderr
+    done = launch(*TORCHRUN, "--no-python", PYTHON, "-c", "import test_adios as t; t.play_one()")
     first, second = (torch.load(f"{rank}.pt", weights_only=False) for rank in range(2))
     for ssl in adios.OBJECTIVES:
         assert_close(first[ssl][0], second[ssl][0], atol=0, rtol=0)
@@ -986,13 +897,10 @@ def test_two_processes_play_one_game():
 
 @parametrize("wrong", ["--out=taken/o", "--epochs=0"])
 def test_one_process_of_several_says_what_is_wrong(wrong):
-    """Be it a mistake of all or of the first one, for which the others wait."""
     Path("taken").write_text("")
-    command = "torch.distributed.run --standalone --nproc-per-node=2 --redirects=3 --log-dir=logs"
-    done = subprocess.run([sys.executable, "-m", *command.split(), HERE / "adios.py", *flags(), wrong],
-                          capture_output=True, env=os.environ | dict(CUDA_VISIBLE_DEVICES=""))
-    first, second = (next(Path("logs").rglob(f"{rank}/stderr.log")).read_text() for rank in range(2))
-    assert done.returncode and second == "" and re.fullmatch("adios: error: --.*\n", first)
+    launch(*TORCHRUN, "--redirects=3", "--log-dir=logs", ADIOS[1], *flags(), wrong, code=1)
+    first, second = (next(Path("logs").rglob(f"{n}/stderr.log")).read_text() for n in range(2))
+    assert second == "" and re.fullmatch("adios: error: --.*\n", first)
 
 def test_each_process_draws_crops_of_its_own(monkeypatch, refused):
     drawn, seen = set(), set()
@@ -1014,10 +922,9 @@ def test_bench_says_what_a_step_costs(capsys, monkeypatch):
     def play(game, images, progress):
         clock[0] += 3 if game.settings.masks == "adios" and len(images) == 8 else 1
         return {"loss": torch.zeros(())}
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "perf_counter", lambda: clock[0])
-        patch.setattr(adios.Game, "play", play)
-        assert adios.main(flags(batch_size=8, masks="adios", ssl="byol", bench=True)) == 0
+    monkeypatch.setattr(adios.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(adios.Game, "play", play)
+    assert adios.main(flags(batch_size=8, masks="adios", ssl="byol", bench=True)) == 0
     numbers = dict(re.findall(r"^(.+?)  +([\d.]+)$", capsys.readouterr().out, re.MULTILINE))
     assert float(numbers["simclr_steps"]) == 3 and not any(Path().iterdir())
     assert float(numbers["step, ms"]) == 3000 and float(numbers["step, images/s"]) == 2.67
@@ -1032,50 +939,39 @@ def equal_runs(one, other):
     """Whether two finished runs have the same weights, results and log, speeds aside."""
     (ours, state), (theirs, other_state) = weights(one), weights(other)
     assert len(ours) > 100 and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    results = [[s["log"], json.loads(Path(folder, "results.json").read_text())]
-               for s, folder in ((state, one), (other_state, other))]
-    times = re.compile(r"'(seconds|images_per_second)': [\d.e-]+|'settings': {.*?}")
-    assert times.sub("", str(results[0])) == times.sub("", str(results[1]))
+    times = r"'(seconds|images_per_second)': [\d.e-]+|'settings': {.*?}"
+    results = [re.sub(times, "", str([s["log"], json.loads(Path(out, "results.json").read_text())]))
+               for s, out in ((state, one), (other_state, other))]
+    assert results[0] == results[1]
     rows = Path(other, "log.csv").read_text().splitlines()[1:]
     assert len(state["log"]) == state["settings"]["epochs"] == len(rows)
     assert_close(*(torch.load(Path(out, "encoder.pt")) for out in (one, other)), atol=0, rtol=0)
 
 def test_command_line_end_to_end():
-    """As a user starts it, from a terminal that lacks the folder's letters, in an environment that
-    speaks of several processes without torchrun."""
-    def run(*arguments):
-        environment = os.environ | dict(PYTHONIOENCODING="cp1252", WORLD_SIZE="2", RANK="1")
-        return subprocess.run([sys.executable, HERE / "adios.py", *arguments], timeout=300,
-                              capture_output=True, env=environment, encoding="cp1252")
+    """From a terminal that lacks the folder's letters, where torchrun's variables are left over."""
+    run = partial(launch, *ADIOS, PYTHONIOENCODING="cp1252", WORLD_SIZE="2", RANK="1")
     out = Path("Ω漢")
     done = run(*flags(epochs=2, masks="adios", num_masks=3, occluder_share=0.4, out=out))
-    assert done.returncode == 0 and "64 images of 32 px in 10 classes" in done.stdout, done.stderr
+    assert "64 images of 32 px in 10 classes" in done.stdout
     results = json.loads((out / "results.json").read_text())
-    assert all(0 <= results[f"{name}{when}"] <= 1 for when in ("", "_untrained") for name in (
-        "knn", "knn_shuffled_background", "object_iou", "embedding_spread"))
+    assert all(0 <= results[key + end] <= 1 for key in adios.METRICS for end in ("", "_untrained"))
     assert f"{results['knn']:.1%}" in done.stdout and f"{results['object_iou']:.2f}" in done.stdout
     names, *rows = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
     first, last = (dict(zip(names, row, strict=True)) for row in rows)
     assert [last["epoch"], last["knn"], last["gain"]] == ["2", str(results["knn"]), ""]
     assert 0 < float(last["loss"]) < 10 and float(first["gain"]) < 10  # it learned
     assert sum(float(last[f"area_{n}"]) for n in (1, 2, 3)) == approx(1)
-    assert Image.open(out / "masks.png").size[1] > 300 and files_in(out).keys() == {
-        "checkpoint.pt", "log.csv", "masks.png", "film.gif", "curves.png", "results.json",
-        "encoder.pt"}
+    assert Image.open(out / "masks.png").size[1] > 300 and files_in(out).keys() == set(
+        "checkpoint.pt log.csv masks.png film.gif curves.png results.json encoder.pt".split())
     assert Image.open(out / "film.gif").n_frames == 3  # untrained and after each epoch
-    done = run("--help")
-    text = " ".join(done.stdout.split())
+    text = " ".join(run("--help").stdout.split())
     known = {adios.flag(f.name) for f in fields(Settings)}
-    assert done.returncode == 0 and all(f" {name}" in text for name in known)
+    assert all(f" {name}" in text for name in known)
     named = re.findall(r"--[a-z][a-z-]+", (HERE / "README.md").read_text("utf-8"))
     assert set(named) <= known | {"--help", "--nproc-per-node", "--no-cuda-graph"}
     assert "images a step, of all processes together [shapes 128, stl10 256" in text
-    done = subprocess.run(["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, HERE / "adios.py",
-                           *flags(epochs=1, out="p")], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "k-NN" in done.stdout  # without a bar
-    done = run("--epochs", "0")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "adios: error: --epochs 0: give int from 1 to 1000000\n"
+    assert "k-NN" in launch("sh", "-c", 'exec "$0" "$@" 2>&-', *ADIOS, *flags(epochs=1)).stdout
+    assert run("--blur=2", code=2).stderr == "adios: error: --blur 2.0: give float from 0 to 1\n"
 
 def test_a_run_of_one_step_learns(light, capsys):
     game = make_game()  # from seed 0, too
@@ -1092,8 +988,7 @@ class Cut(BaseException):
 
 def cut_at(patch, owner, name, call, error):
     """Raise the error at this call of owner.name."""
-    calls, original = iter(range(1, 10**6)), getattr(owner, name)
-    def counted(*arguments):
+    def counted(*arguments, calls=iter(range(1, 10**6)), original=getattr(owner, name)):
         if next(calls) == call:
             raise error
         return original(*arguments)
@@ -1106,9 +1001,7 @@ def cut_at(patch, owner, name, call, error):
     *((os, "fsync", call, OSError(errno.ENOSPC, "No space left on device")) for call in (1, 4, 9)),
     (adios, "train_epoch", 3, KeyboardInterrupt), (os, "fsync", 9, KeyboardInterrupt),
     (adios, "load_data", 1, KeyboardInterrupt)])
-def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(
-        monkeypatch, capsys, light, reference, owner, name, call, error):
-    """In the midst of anything; by a full disk and Ctrl-C, which end it in one line, too."""
+def test_runs_cut_anywhere_go_on(monkeypatch, capsys, light, reference, owner, name, call, error):
     with monkeypatch.context() as patch, contextlib.suppress(Cut):
         cut_at(patch, owner, name, call, error)
         assert adios.main(flags(out="o")) == (130 if error is KeyboardInterrupt else 2)
@@ -1117,44 +1010,33 @@ def test_a_run_cut_anywhere_goes_on_as_if_it_had_not_been(
         assert ("--resume" in line) == (call > 1) if error is KeyboardInterrupt else (
             f"error: {Path('o')}" in line and str(error.strerror) in line)
         assert error is KeyboardInterrupt or not [*Path("o").glob("*.part")]
+    if name == "train_epoch":  # a GPU's checkpoints hold tensors in another memory format
+        state = tree_map_only(torch.Tensor, lambda tensor: tensor if tensor.ndim != 4 else
+                              tensor.contiguous(memory_format=torch.channels_last), weights("o")[1])
+        torch.save(state, "o/checkpoint.pt")
     assert adios.main(flags(out="o", resume=call > 1)) == 0  # after the first write, resumed
     equal_runs(reference, "o")
 
-def test_a_run_goes_on_whatever_the_memory_format(monkeypatch, reference, light):
-    """A GPU's checkpoints hold the occluder's tensors in another one than a CPU's."""
-    with monkeypatch.context() as patch, pytest.raises(Cut):
-        cut_at(patch, adios, "train_epoch", 2, Cut)
-        adios.main(flags(out="o"))
-    tensors, state = weights("o")
-    assert any(not tensor.is_contiguous() for tensor in tensors)
-    torch.save(tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf,
-                        state), "o/checkpoint.pt")
-    assert adios.main(flags(out="o", resume=True)) == 0
-    equal_runs(reference, "o")
-
-def test_killed_runs_go_on(request):
+@skipif("'killed' not in config.option.keyword", reason="takes minutes: pytest -k killed")
+def test_killed_runs_go_on():
     """Twenty runs, each killed at a random moment (kill -9) and resumed to the very end."""
-    if "killed" not in request.config.getoption("keyword"):
-        pytest.skip("takes minutes: pytest -k killed")
-    command, start = [sys.executable, HERE / "adios.py", *flags(epochs=12)], time.perf_counter()
-    subprocess.run([*command, "--out=reference"], check=True, capture_output=True)
-    seconds = time.perf_counter() - start
+    run = partial(launch, *ADIOS, *flags(epochs=12))
+    seconds = timeit.timeit(lambda: run("--out=reference"), number=1)
     for n, moment in enumerate(torch.rand(20).tolist()):
         with contextlib.suppress(subprocess.TimeoutExpired):  # which kills
-            subprocess.run([*command, f"--out={n}"], timeout=moment * seconds, capture_output=True)
+            run(f"--out={n}", timeout=moment * seconds)
         again = "--resume" if Path(f"{n}/checkpoint.pt").exists() else "--overwrite"
-        subprocess.run([*command, f"--out={n}", again], check=True, capture_output=True)
+        run(f"--out={n}", again)
         equal_runs("reference", f"{n}")
 
-@parametrize("step, network, name", [(3, "model", "encoder"), (4, "model", "encoder"),
-                                     (3, "occluder", "occluder")])
-def test_numbers_that_are_not_finite_end_the_run(monkeypatch, capsys, light, step, network, name):
+@parametrize("step, name", [(3, "encoder"), (4, "encoder"), (3, "occluder")])
+def test_numbers_that_are_not_finite_end_the_run(monkeypatch, capsys, light, step, name):
     """They are seen at the fourth step, the last of an epoch, or in the weights that it leaves."""
-    play, steps = adios.Game.play, iter(range(1, 9))
-    def poisoned(game, *arguments):
+    steps = iter(range(1, 9))
+    def poisoned(game, *arguments, play=adios.Game.play):
         report = play(game, *arguments)
         if next(steps) == step:
-            next(getattr(game, network).parameters()).data[0] = math.nan
+            next(getattr(game, name, game.model).parameters()).data[0] = math.nan
         return report
     monkeypatch.setattr(adios.Game, "play", poisoned)
     assert adios.main(flags(occluder_share=1, out="o")) == 2
@@ -1189,26 +1071,24 @@ def test_warnings_are_said_once_each(capsys, light):
     ("--encoder vit_tiny --image-size 37 --limit 128", "--image-size 37"),
     ("--batch-size 64 --limit 63", "--batch-size 64"), ("--occluder-width 12", "multiple of 8"),
     ("--batch-size 2 --limit 1", "--limit 1"), ("--device abacus", "--device abacus"),
-    ("--device meta", "--device meta"), ("--device hpu", "--device hpu"), (f"--out {'x' * 300}", "x" * 300),
-    ("--out /proc/self --limit 128", "--out /proc/self"), ("--resume --overwrite", "drop one"),
-    ("--dataset folder --data-dir nowhere", "nowhere"), ("--resume", "no checkpoint runs"),
-    ("--dataset stl10", "--data-dir data: "), ("--evaluate .", "."),
-    ("--evaluate nothing.pt", "there is no checkpoint nothing.pt"),
+    ("--device meta", "--device meta"), ("--device hpu", "--device hpu"),
+    (f"--out {'x' * 300}", "x" * 300), ("--out /proc/self --limit 128", "--out /proc/self"),
+    ("--resume --overwrite", "drop one"), ("--dataset folder --data-dir nowhere", "nowhere"),
+    ("--resume", "no checkpoint runs"), ("--dataset stl10", "--data-dir data: "),
+    ("--evaluate .", "."), ("--evaluate nothing.pt", "there is no checkpoint nothing.pt"),
     (f"--evaluate {'x' * 300}", "there is no checkpoint"),
     ("--masks object --dataset cifar10", "only shapes"), ("--finetune", "--evaluate")])
 def test_bad_arguments(refused, arguments, says):
     refused(*arguments.split(), says=says)
 
 def test_settings_are_checked_and_filled_in():
-    for wrong in (dict(epochs=1.5), dict(epochs="3"), dict(lr=True), dict(out=None),
-                  dict(bench=True, evaluate="o/checkpoint.pt")):
+    for wrong in (dict(epochs=1.5), dict(lr=True), dict(out=None), dict(bench=True, evaluate="o")):
         with pytest.raises(AdiosError):
             Settings(**wrong)
     assert isinstance(Settings(lr=1).lr, float) and Settings(dataset="stl10").image_size == 96
     assert Settings(ssl="byol").lr < Settings().lr and Settings(ssl="byol", lr=0.1).lr == 0.1
 
 def test_runs_are_neither_overwritten_nor_mixed(refused, reference, light, monkeypatch):
-    """Nor are a user's own files of such names. A run may go on elsewhere."""
     shutil.copytree(reference, "o")
     monkeypatch.setattr(torch, "compile", lambda function: function)
     elsewhere = dict(cuda_graph=False, compile=True, data_dir="e", device="auto", resume=True)
@@ -1227,24 +1107,19 @@ def test_runs_are_neither_overwritten_nor_mixed(refused, reference, light, monke
     refused("--evaluate=~/o/", says=f"no checkpoint {Path.cwd()}/o/checkpoint.pt")
     os.symlink("nowhere", "link")
     refused(*flags(out="link/o"), says="--out link/o cannot be made or written to")
-    monkeypatch.setattr(os.path, "lexists", lambda path: False)  # a drive that is not there
-    refused(*flags(out="p"), says="--out p cannot be made or written to")
-    monkeypatch.undo()
     for name in ("results.json", "log.csv"):
         Path(name).write_text("mine")
         refused(*flags(out="."), says=name)
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)  # a drive that is not there
+    refused(*flags(out="p"), says="--out p cannot be made or written to")
 
-def test_two_runs_started_at_once_do_not_share_a_folder(monkeypatch, capsys, light):
-    """The second is refused before it loads data; parts of files are each process's own."""
-    load, parts = adios.load_data, []
-    def start_another(*arguments):
-        monkeypatch.setattr(adios, "load_data", None)
+def test_two_runs_started_at_once_do_not_share_a_folder(monkeypatch, refused, light):
+    parts = []
+    def start_another(*arguments, load=adios.load_data):
+        monkeypatch.setattr(adios, "load_data", None)  # the other is refused before
         for found in (adios.files_of_run, lambda out: []):  # also at the very same moment
             monkeypatch.setattr(adios, "files_of_run", found)
-            capsys.readouterr()
-            assert adios.main(flags(out="a/o")) == 2
-            line, = capsys.readouterr().err.splitlines()
-            assert "o holds log.csv: give --overwrite or another" in line
+            refused(*flags(out="a/o"), says="o holds log.csv: give --overwrite or another")
         return load(*arguments)
     monkeypatch.setattr(adios, "load_data", start_another)
     monkeypatch.setattr(os, "fsync", lambda number: parts.extend(Path("a/o").glob("*.part")))
@@ -1252,17 +1127,14 @@ def test_two_runs_started_at_once_do_not_share_a_folder(monkeypatch, capsys, lig
     assert parts and all(str(os.getpid()) in part.name for part in parts)
 
 def test_a_picture_never_costs_numbers(monkeypatch, capsys, light):
-    def fail(*_):
-        raise RuntimeError("a picture")
-    for name in ("plot_curves", "plot_masks", "plot_neighbours"):
-        monkeypatch.setattr(adios, name, fail)
+    monkeypatch.setattr(adios, "Figure", None)
     for epochs in (2, 1):  # on the way and in the end
-        with pytest.raises(RuntimeError, match="a picture"):
+        with pytest.raises(TypeError):
             adios.main(flags(out=f"{epochs}", epochs=epochs))
         assert len(weights(f"{epochs}")[1]["log"]) == 1
         assert len(Path(f"{epochs}/log.csv").read_text().splitlines()) == 2
     assert {"results.json", "encoder.pt"} <= files_in("1").keys()
-    with pytest.raises(RuntimeError, match="a picture"):
+    with pytest.raises(TypeError):
         adios.main(["--evaluate=1"])
     assert scores_in("1") and "knn_top1" in capsys.readouterr().out
 
@@ -1271,7 +1143,6 @@ class Payload:
         return Path.touch, (Path("ran"),)
 
 def test_odd_checkpoints(refused, reference):
-    """They run no code; of another version, they say so."""
     (_, state), path = weights(reference), Path("o/checkpoint.pt")
     shutil.copytree(reference, "o")
     other = state | dict(settings=state["settings"] | dict(colour=True))
@@ -1297,14 +1168,13 @@ def test_errors_from_outside_are_one_line(monkeypatch, refused, error, says):
     with pytest.raises(type(error)):  # a mistake of the program's own keeps its traceback
         adios.main(flags())
 
-ANY = dict(
-    ssl=[*adios.OBJECTIVES, "moco"], masks=[*adios.SCHEMES], seed=[0, 2**12 - 1],
-    updates=["alternating", "simultaneous"], encoder=["resnet18", "resnet18", "vit_tiny"],
-    image_size=[31, 32, 33, 40, 50], num_masks=[1, 2, 3, 5], width=[0, 4, 8],
-    occluder_width=[8, 12, 16], small_stem=[True, False], batch_size=[1, 2, 7, 16, 25],
-    limit=[12, 24], lr=[0, 1e-9, 1e-3], occluder_lr=[0, 1e-3], sparsity=[-1, 0, 0.1, 1000],
-    occluder_share=[0, 0.001, 0.5, 1], temperature=[0.001, 0.2, 1000], blur=[0, 1],
-    min_crop=[0, 0.001, 0.5, 1], jitter=[0, 0.5, 1.25, 2], weight_decay=[0, 1e-4])
+ANY = dict(ssl=[*adios.OBJECTIVES, "moco"], masks=[*adios.SCHEMES], seed=[0, 2**12 - 1],
+           updates=["alternating", "simultaneous"], encoder=["resnet18", "resnet18", "vit_tiny"],
+           image_size=[31, 32, 33, 40, 50], num_masks=[1, 2, 3, 5], width=[0, 4, 8],
+           occluder_width=[8, 12, 16], small_stem=[True, False], batch_size=[1, 2, 7, 16, 25],
+           limit=[12, 24], lr=[0, 1e-9, 1e-3], occluder_lr=[0, 1e-3], sparsity=[-1, 0, 0.1, 1000],
+           occluder_share=[0, 0.001, 0.5, 1], temperature=[0.001, 0.2, 1000], blur=[0, 1],
+           min_crop=[0, 0.001, 0.5, 1], jitter=[0, 0.5, 1.25, 2], weight_decay=[0, 1e-4])
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[
     hypothesis.HealthCheck.function_scoped_fixture])
@@ -1314,22 +1184,19 @@ def test_any_settings_train_or_are_refused_in_one_line(capsys, light, chosen):
                             overwrite=True, out="o"))
     out, err = capsys.readouterr()
     if code:
-        line, = err.splitlines()
-        assert code == 2 and line.startswith("adios: error: --") and out == ""
+        assert code == 2 and out == "" and re.fullmatch("adios: error: --.*\n", err), err
     else:
         assert all(value.isfinite().all() for value in weights("o")[0]) and "images/s" in out
 
 # ---- Compiled steps, and those on a GPU ----------------------------------------------------------
 def test_a_compiled_step_is_the_plain_one(monkeypatch):
-    """As far as Python goes: what was traced runs as it is. In a step that is all of both networks;
-    out of steps it is nothing."""
+    """As far as Python goes: what was traced, all of both networks in a step, runs as it is."""
     traced, games, reports = [], [], []
-    def run_traced(graph, inputs):
+    def replay(graph, inputs):
         names = [getattr(node.target, "__name__", "") for node in graph.graph.nodes]
         traced.append((names.count("group_norm"), names.count("batch_norm")))
         return graph.forward
-    monkeypatch.setattr(torch, "compile", functools.partial(
-        torch.compile, backend=run_traced, fullgraph=True))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=replay, fullgraph=True))
     for compiled in (False, True):
         torch.manual_seed(0)
         games.append(game := make_game(compile=compiled, masks="adios", ssl="byol"))
@@ -1346,11 +1213,9 @@ def test_a_compiled_step_is_the_plain_one(monkeypatch):
     assert len(traced) == 3
 
 def test_what_cannot_be_compiled_is_said_before_anything_is_loaded(refused, monkeypatch):
-    def compile(function):
-        raise RuntimeError("no C++\ncompiler\n\nset THIS to debug")
-    monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(adios, "load_data", None)
     for command in ((), ("--bench",)):
+        cut_at(monkeypatch, torch, "compile", 1, RuntimeError("no C++\ncompiler\n\nset THIS"))
         refused("--compile", *command, says="--compile does not work here, leave it out: no C++ c")
 
 def play_steps(count, stop=math.inf, **changes):
@@ -1393,7 +1258,6 @@ def test_another_capture_follows_when_the_occluder_stops():
 @needs_gpu
 @parametrize("device", ["cpu", "cuda"])
 def test_a_run_goes_on_on_another_device(monkeypatch, light, device):
-    """From this one to a GPU with and without the captured step, and to the CPU."""
     games, losses, args = [], [], dict(limit=256, epochs=2)
     with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_at(patch, adios, "train_epoch", 2, Cut)
@@ -1444,9 +1308,8 @@ def test_the_readmes_code_runs_as_it_stands(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 96**2, 8))
     names = dict(torch=torch, torchvision=torchvision, images=torch.rand(2, 3, 64, 64), model=model,
-                 optimizer=torch.optim.SGD(model.parameters(), 0.1), ssl_loss=functools.partial(
-                     adios.nt_xent, temperature=0.2), **dict.fromkeys(("view_a", "view_b"),
-                                                                      torch.randn(4, 3, 96, 96)))
+                 view_a=torch.randn(4, 3, 96, 96), view_b=torch.randn(4, 3, 96, 96),
+                 optimizer=torch.optim.SGD(model.parameters(), 0.1), ssl_loss=F.mse_loss)
     exec(take_away, names)
     assert_close(names["features"], network.eval()((names["images"] - 0.5) / 0.25))
     before = snapshot(model)
