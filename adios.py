@@ -822,9 +822,7 @@ def draw_shapes(count, size, seed):
     period, phase, edge = draw(0.16, 0.3), draw(0, 1), draw(-0.15, 0.15)
     points = (torch.arange(2 * size, dtype=torch.float64) + 0.5) / (2 * size)  # 2 × 2 a pixel
     pixels = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-    coverage = torch.empty(count, 1, size, size, dtype=torch.float64)
-    objects = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    backgrounds = torch.empty_like(objects)
+    objects, coverage, backgrounds = [], [], []
 
     def along(angle, x, y):
         return angle.cos() * x + angle.sin() * y
@@ -832,13 +830,14 @@ def draw_shapes(count, size, seed):
     for n, inside in zip(range(count), itertools.cycle(INSIDE.values())):
         x, y = (points - centre_x[n]) / radius[n], (points[:, None] - centre_y[n]) / radius[n]
         hit = inside(along(turn[n], x, y), along(turn[n], y, -x))
-        coverage[n] = F.avg_pool2d(hit.double()[None], 2)
+        coverage.append(F.avg_pool2d(hit.double()[None], 2))
         x, y = pixels - 0.5, pixels[:, None] - 0.5
         light = (along(stripe_turn[n], x, y) / period[n] + phase[n]) % 1 < 0.5
-        objects[n] = torch.where(light, *stripes[:, n]).round()
+        objects.append(torch.where(light, *stripes[:, n]).round().byte())
         light = along(edge_turn[n], x, y) < edge[n]
-        backgrounds[n] = (torch.where(light, *grounds[:, n]) + grain[n]).round().clamp(0, 255)
-    return labels, objects, coverage, backgrounds
+        background = torch.where(light, *grounds[:, n]) + grain[n]
+        backgrounds.append(background.round().clamp(0, 255).byte())
+    return labels, *map(torch.stack, (objects, coverage, backgrounds))
 
 
 def compose(objects, coverage, backgrounds):
