@@ -139,7 +139,7 @@ class Embedding(NamedTuple):
 
 
 def nt_xent(z_a, z_b, temperature):
-    """NT-Xent (SimCLR, arXiv 2002.05709, equation 1) of embeddings [B, D], normalised here: the mean
+    """NT-Xent (SimCLR, arXiv 2002.05709, equation 1) of embeddings [B, D], normalised here: mean
     cross-entropy of picking a view's counterpart among 2B − 1 others by cosine / temperature."""
     z = F.normalize(torch.cat((z_a, z_b)).float())
     similarity = (z @ z.T / temperature).fill_diagonal_(-math.inf)  # [2B, 2B]
@@ -864,7 +864,7 @@ def load_shapes(settings):
 
 
 EXTENSIONS = {extension for extension, kind in Image.registered_extensions().items()
-              if kind in Image.OPEN and Image.MIME.get(kind, "").startswith("image/")}
+              if kind in {*Image.OPEN, "MPO"} and Image.MIME.get(kind, "").startswith("image/")}
 
 
 def is_picture(path):
@@ -884,8 +884,8 @@ def read_picture(path):
 
 
 def find_left_out(folders, flat=False):
-    """A line on the files in folders that are not read, hidden ones aside: those not named as images
-    or not in place, which is in a folder of a class or, if it should be flat, in none. Raises
+    """A line on the files in folders that are not read, hidden ones aside: not named as images or
+    not in place, which is in a folder of a class or, if it should be flat, in none. Raises
     AdiosError that names what else would be missing unseen."""
     paths = [Path(folder, name) for folder in folders
              for name in glob.glob("**", root_dir=folder, recursive=True)]
@@ -896,15 +896,18 @@ def find_left_out(folders, flat=False):
     kinds = Counter(path.suffix.lower() or "no extension" for path in paths if not path.is_dir() and
                     (not is_picture(path) or (path.parent in map(Path, folders)) != flat))
     counts = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-    what = f"adios: left out {kinds.total()} files that are not named as images or not in place"
-    return f"{what}: {counts}\n" if kinds and not RANK else ""
+    count = f"{kinds.total()} file{'s' * (kinds.total() > 1)}"
+    what = f"adios: left out {count} that are not named as images or not in place: {counts}\n"
+    return what if kinds and not RANK else ""
 
 
 class Pictures(datasets.ImageFolder):
     """A folder of classes, without hidden folders and files, made as torchvision's other sets."""
 
     def __init__(self, root, split, download=True):
-        super().__init__(root / split, loader=read_picture, is_valid_file=is_picture)
+        hidden = os.sep + "."  # also of a folder in a class's
+        super().__init__(root / split, loader=read_picture, is_valid_file=lambda path: (
+            is_picture(path) and hidden not in path.removeprefix(str(root))))
 
     def find_classes(self, directory):
         names = {folder: unicodedata.normalize("NFC", folder)  # ü may be spelt as u and ¨, too
@@ -936,7 +939,8 @@ def load_files(settings):
         if kind is Pictures and "mixed_rand" in places:
             splits |= {part: Pictures(root, place) for part, place in places.items()}
     except (OSError, RuntimeError, ValueError) as error:
-        fix = "a folder needs train/<class>/ and val/<class>/ with images, a download a network"
+        fix = ("a download needs a network, a folder train/<class>/ and val/<class>/ with images "
+               "or, to have masks painted on them, images")
         kinds = f" (read are {' '.join(sorted(EXTENSIONS))})" * (kind is Pictures)
         raise AdiosError(f"--data-dir {root}: {error}; {fix}{kinds}") from error
     require(len(classes) > 1, f"--data-dir {root}: there must be two classes or more")
@@ -949,7 +953,7 @@ def load_files(settings):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed))
         rows = order[:count].sort().values
         labels.append(torch.as_tensor(getattr(data, labels_name))[rows].long())
-        items += [data.samples[row][0] if kind is Pictures else (data, row) for row in rows.tolist()]
+        items += [data.samples[n][0] if kind is Pictures else (data, n) for n in rows.tolist()]
     arrays = [torch.from_numpy(data.data) for data in splits.values() if hasattr(data, "data")]
     if arrays and settings.image_size == arrays[0].shape[2] and not settings.limit:
         # As they are in memory: STL10 has 3 GB. Its arrays are [n, 3, H, W], CIFAR's [n, H, W, 3].
@@ -1231,8 +1235,9 @@ def pick_device(name, compile=False):
 
 def files_of_run(out):
     """The files in a folder that a run and later evaluations of its encoder leave there."""
-    transfer = [path for dataset in PRESETS for path in (out / dataset).rglob("*")
-                if path.name in EVALUATION_FILES and not (path.parent / "log.csv").exists()]
+    transfer = [path for dataset in PRESETS for name in EVALUATION_FILES
+                for path in out.glob(f"{dataset}{'/*' * (dataset == 'folder')}/{name}")
+                if not (path.parent / "log.csv").exists()]  # else they are another run's
     return [out / name for name in RUN_FILES if os.path.lexists(out / name)] + transfer
 
 
@@ -1247,11 +1252,11 @@ def check_folder(out, held=(), fix="name another"):
 
 def claim(out, undo):
     """Take a folder for a new run by making its log.csv, so that another one started at the same
-    time is refused. Closing `undo`, an ExitStack, gives it back. Raises AdiosError if it is taken."""
+    time is refused. Closing `undo`, an ExitStack, gives it back. Raises AdiosError if it is held."""
     check_folder(out, files_of_run(out), TAKEN)
-    if not out.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        undo.callback(os.removedirs, out)
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    undo.callback(lambda: [path.rmdir() for path in made if not any(path.iterdir())])
     try:
         (out / "log.csv").touch(exist_ok=False)
     except FileExistsError:  # another one was faster
@@ -1273,7 +1278,8 @@ def write(path, save):
         part.replace(path)
     except OSError as error:  # a full disk does not say where
         part.unlink(missing_ok=True)
-        raise AdiosError(f"{path} cannot be written ({error.strerror}): make room") from error
+        fix = "make room or name another --out"
+        raise AdiosError(f"{path} cannot be written ({error.strerror}): {fix}") from error
 
 
 def save_run(out, game, log, film):
@@ -1670,7 +1676,8 @@ def print_results(results):
 
 def main(argv=None):
     """Run the command line; returns the exit code."""
-    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # they may be closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # letters that a terminal or pipe does not know

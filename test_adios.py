@@ -587,7 +587,7 @@ def test_a_folder_and_its_backgrounds_are_resized_cropped_and_labelled(capsys):
     tall = np.zeros((200, 100, 3), np.uint8)
     tall[50:150] = 255  # the middle square
     Image.fromarray(tall).save("d/val/cat/0.png")
-    for name in (".ipynb_checkpoints", "._cat"):  # what systems leave there
+    for name in (".ipynb_checkpoints", "._cat", "dog/.thumbs"):  # what systems leave there
         shutil.copytree("d/train/cat", f"d/train/{name}")
     for name in ("train/.DS_Store", "train/cat/._photo.jpg", "val/dog/.DS_Store", "val/a.txt",
                  "train/cat/b.HEIC", "train/dog/c.heic", "train/montage.jpg", "val/cat/README"):
@@ -674,6 +674,9 @@ def test_lost_and_damaged_files_are_named_at_once(refused, monkeypatch):
 
 def test_what_is_wrong_with_a_folder_is_said_before_it_is_decoded(refused, monkeypatch):
     monkeypatch.setattr(adios, "decode", None)
+    Path("mine/empty").mkdir(parents=True)
+    assert adios.main([*flags(**FOLDER), "--out=mine/empty/a/o"]) == 2
+    assert Path("mine/empty").is_dir() and not any(Path("mine/empty").iterdir())
     args = flags(**FOLDER)
     write_folder("e", ("cat",))
     refused(*args, "--data-dir=e", says="two classes or more")
@@ -802,12 +805,15 @@ def test_evaluation_on_other_data(reference, refused, capsys, light):
         Image.new("RGB", (40, 40)).save(path)
     assert adios.main([*args, "--data-dir=f"]) == 0
     shutil.copytree(reference, "o/shapes")  # a run of its own
-    Path("o/folder/e/notes.txt").write_text("mine")
+    for mine in ("o/folder/e/notes.txt", "o/folder/masks.png", "o/shapes/cifar10/masks.png"):
+        Path(mine).parent.mkdir(exist_ok=True)
+        Path(mine).write_text("mine")
     refused(*flags(out="o"), says="folder/e/masks.png")
     assert adios.main(flags(out="o", epochs=1, masks="mae", overwrite=True)) == 0
     assert not {"evaluation.json", "neighbours.png", "film.gif"} & files_in("o").keys()
     assert not files_in("o/folder/d") and files_in("o/folder/e").keys() == {"notes.txt"}
     assert files_in("o/shapes") == files_in(reference)
+    assert Path("o/folder/masks.png").exists() and Path("o/shapes/cifar10/masks.png").exists()
     refused(*args, "--data-dir=e", "--out=p", says="masks")
     refused("--evaluate=o/checkpoint.pt", "--masks=none", says="the checkpoint has")
 
