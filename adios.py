@@ -258,23 +258,24 @@ class Game:
         pairs = [(view_a, view_b, truth_b)]  # an unmasked view, one to mask, the object in that
         if self.settings.ssl == "simsiam":   # in the paper it masks either view in turn
             pairs.append((view_b, view_a, truth_a))
+        scheme = SCHEMES[self.settings.masks]
         with torch.set_grad_enabled(occluder_learns):
-            painted = [self.paint(view) for _, view, _ in pairs]             # [B, N, H, H] each
-            masks = [SCHEMES[self.settings.masks](view, all_masks, truth)    # [B, K, H, H] each
-                     for (_, view, truth), all_masks in zip(pairs, painted)]
+            masks = [self.paint(view) for _, view, _ in pairs]               # [B, N, H, H] each
+            hidden = [scheme(view, masks_of_view, truth)                     # [B, K, H, H] each
+                      for (_, view, truth), masks_of_view in zip(pairs, masks)]
         report = {}
 
         if occluder_learns and self.settings.updates == "simultaneous":
             # Both moves by one backward pass. Gradient reversal: the value is the mask's, its
             # gradient −1, so that one step down moves the encoder down and the occluder up on L.
-            loss, _ = self.loss(pairs, [2 * mask.detach() - mask for mask in masks])
-            penalty = self.penalty(painted)
+            loss, _ = self.loss(pairs, [2 * mask.detach() - mask for mask in hidden])
+            penalty = self.penalty(masks)
             self.minimise(loss + penalty, self.model_optimizer, self.occluder_optimizer)
             self.model.update_target(self.target_rate)
             report["gain"] = (loss - penalty).detach()
         else:
             # The encoder's move: down on the loss. `detach` makes the masks constants.
-            loss, unmasked = self.loss(pairs, [mask.detach() for mask in masks])
+            loss, unmasked = self.loss(pairs, [mask.detach() for mask in hidden])
             self.minimise(loss, self.model_optimizer)
             self.model.update_target(self.target_rate)
 
@@ -283,29 +284,29 @@ class Game:
             # are encoded anew, the unmasked ones are as before the encoder's move.
             if occluder_learns:
                 with frozen(self.model):
-                    loss_after, _ = self.loss(pairs, masks, unmasked)
-                gain = loss_after - self.penalty(painted)
+                    loss_after, _ = self.loss(pairs, hidden, unmasked)
+                gain = loss_after - self.penalty(masks)
                 self.minimise(-gain, self.occluder_optimizer)
                 report["gain"] = gain.detach()
 
         report["loss"] = loss.detach()
-        areas = sum(m.detach().mean((0, 2, 3)) for m in (painted if self.learned else masks))
+        areas = sum(m.detach().mean((0, 2, 3)) for m in (masks if self.learned else hidden))
         return report | {f"area_{n + 1}": area / len(pairs) for n, area in enumerate(areas)}
 
-    def loss(self, pairs, masks, unmasked=None):
+    def loss(self, pairs, hidden, unmasked=None):
         """L, a scalar: the mean over all pairs and masks. Also returns the unmasked views'
         Embeddings, detached, to be given in again for the occluder's move."""
         objective, temperature = OBJECTIVES[self.settings.ssl], self.settings.temperature
         unmasked = unmasked or [self.embed(view) for view, _, _ in pairs]
         losses = [objective(embedding, self.embed(view * (1 - mask)), temperature)
-                  for embedding, (_, view, _), masks_of_view in zip(unmasked, pairs, masks)
-                  for mask in masks_of_view.to(view.dtype).split(1, 1)]
+                  for embedding, (_, view, _), masks in zip(unmasked, pairs, hidden)
+                  for mask in masks.to(view.dtype).split(1, 1)]  # 0 is the data's mean colour
         constants = [Embedding(*(part.detach() for part in parts)) for parts in unmasked]
         return torch.stack(losses).mean(), constants
 
-    def penalty(self, painted):
+    def penalty(self, masks):
         """λp, a scalar: the mean over all of the N masks of all processes' images."""
-        penalties = torch.cat([sparsity_penalty(masks) for masks in painted])
+        penalties = torch.cat([sparsity_penalty(masks_of_view) for masks_of_view in masks])
         return self.settings.sparsity * gather(penalties).mean()
 
     def minimise(self, loss, *optimizers):
@@ -379,18 +380,18 @@ class Game:
 def frozen(model):
     """Let gradients through a model but none into it: its weights and its batch and instance norms'
     running statistics stay as they are (batches are still normalised by their own statistics). What
-    else a forward pass changes, such as spectral norm's vectors, is not held."""
-    held = [(p, "requires_grad") for p in model.parameters()]
-    held += [(m, name) for m in model.modules() if m.training
+    else a forward pass changes, such as spectral norm's vectors, is not covered."""
+    changes = [(p, "requires_grad") for p in model.parameters()]
+    changes += [(m, name) for m in model.modules() if m.training
              for name in ("track_running_stats", "momentum")]
-    held = [(owner, name, value) for owner, name in held if (value := getattr(owner, name, None))]
+    changes = [(owner, name, old) for owner, name in changes if (old := getattr(owner, name, None))]
     try:
-        for owner, name, value in held:
-            setattr(owner, name, type(value)(0))  # False or 0.0
+        for owner, name, old in changes:
+            setattr(owner, name, type(old)(0))  # False or 0.0
         yield
     finally:
-        for owner, name, value in held:
-            setattr(owner, name, value)
+        for owner, name, old in changes:
+            setattr(owner, name, old)
 
 
 # ==== Part two: what it takes to play =============================================================
@@ -453,8 +454,8 @@ def set_rate(optimizer, peak, progress):
     fall = (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
     rate = peak * (0.1 + 9 * progress if progress < 0.1 else fall)
     for group in optimizer.param_groups:
-        held = group["lr"]  # on a GPU a tensor, which a captured step reads
-        group["lr"] = held.fill_(rate) if isinstance(held, Tensor) else rate
+        lr = group["lr"]  # on a GPU a tensor, which a captured step reads
+        group["lr"] = lr.fill_(rate) if isinstance(lr, Tensor) else rate
 
 
 def precision(device):
@@ -809,7 +810,7 @@ def draw_shapes(count, size, seed):
     labels = torch.arange(count) % classes
     hue = torch.where(draw(0, 1) < 0.9, labels, labels + 1 + draw(0, classes - 1).long()) / classes
     saturation = draw(0.3, 0.8)
-    grounds = two_tones(hue + draw(-0.02, 0.02), draw(0.35, 0.95), either(0.2, 0.45), 0.25,
+    shades = two_tones(hue + draw(-0.02, 0.02), draw(0.35, 0.95), either(0.2, 0.45), 0.25,
                         saturation, saturation + draw(-0.2, 0.2))
     grain = torch.randint(-10, 11, (count, 1, size, size), generator=rng)
     noise, saturation = torch.randn(count, generator=rng, dtype=torch.float64), draw(0.4, 1)
@@ -835,7 +836,7 @@ def draw_shapes(count, size, seed):
         light = (along(stripe_turn[n], x, y) / period[n] + phase[n]) % 1 < 0.5
         objects.append(torch.where(light, *stripes[:, n]).round().byte())
         light = along(edge_turn[n], x, y) < edge[n]
-        background = torch.where(light, *grounds[:, n]) + grain[n]
+        background = torch.where(light, *shades[:, n]) + grain[n]
         backgrounds.append(background.round().clamp(0, 255).byte())
     return labels, *map(torch.stack, (objects, coverage, backgrounds))
 
@@ -849,17 +850,18 @@ def compose(objects, coverage, backgrounds):
 def load_shapes(settings):
     """4,000 images to train on (or `limit`) and 1,000 to test, these in five versions."""
     size, seed = settings.image_size, 2 * settings.seed
-    labels, objects, coverage, behind = draw_shapes(settings.limit or 4000, size, seed)
-    images = compose(objects, coverage, behind)
+    labels, objects, coverage, background = draw_shapes(settings.limit or 4000, size, seed)
+    images = compose(objects, coverage, background)
     if settings.masks.startswith("object"):
         images = torch.cat((images, 255 * (coverage >= 0.5).byte()), 1)
-    test_labels, objects, coverage, behind = draw_shapes(1000, size, seed + 1)
+    test_labels, objects, coverage, background = draw_shapes(1000, size, seed + 1)
     shuffled = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
-    backgrounds = {"original": behind, "mixed_same": behind.roll(len(INSIDE), 0),  # labels cycle
-                   "mixed_rand": behind[shuffled], "only_fg": torch.zeros_like(behind)}
-    tests = {name: (compose(objects, coverage, background), test_labels)
-             for name, background in backgrounds.items()}
-    tests["only_bg_t"] = behind, test_labels
+    backgrounds = {  # labels cycle
+        "original": background, "mixed_same": background.roll(len(INSIDE), 0),
+        "mixed_rand": background[shuffled], "only_fg": torch.zeros_like(background)}
+    tests = {name: (compose(objects, coverage, behind), test_labels)
+             for name, behind in backgrounds.items()}
+    tests["only_bg_t"] = background, test_labels
     return Data(images, labels, *tests["original"], list(INSIDE), tests, coverage[:, 0] >= 0.5)
 
 
@@ -877,7 +879,7 @@ def read_picture(path):
     with Image.open(path) as image:
         require(image.mode[0] not in "IF", f"mode {image.mode}, not 8 bits a channel")
         picture = image.convert("RGB")
-        picture.info.clear()  # one odd tag must not cost a sound picture; the orientation stays
+        picture.info.clear()  # one wrong tag must not cost a sound picture; the orientation stays
         with contextlib.suppress(Exception):  # of tags that cannot be read at all
             picture.getexif()[0x0112] = image.getexif().get(0x0112, 1)
         return ImageOps.exif_transpose(picture)
@@ -889,10 +891,10 @@ def find_left_out(folders, flat=False):
     AdiosError that names what else would be missing unseen."""
     paths = [Path(folder, name) for folder in folders
              for name in glob.glob("**", root_dir=folder, recursive=True)]
-    lost = [str(path) for path in paths
+    unreadable = [str(path) for path in paths
             if (path.is_dir() if is_picture(path) else not os.access(path, os.R_OK))]
-    require(not lost, "links to nothing, or folders that cannot be entered or are named as images, "
-                      f"mend or remove them: {', '.join(lost)}")
+    require(not unreadable, "links to nothing, or folders that cannot be entered or are named as "
+                            f"images, mend or remove them: {', '.join(unreadable)}")
     kinds = Counter(path.suffix.lower() or "no extension" for path in paths if not path.is_dir() and
                     (not is_picture(path) or (path.parent in map(Path, folders)) != flat))
     counts = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
@@ -995,7 +997,7 @@ def load_data(settings, device):
     data = (load_shapes if settings.dataset == "shapes" else load_files)(settings)
     count, size = len(data.labels), data.images.nbytes + data.test_images.nbytes
     classes = len(data.labels[data.labels >= 0].unique())
-    left = "labelled images of one class only" if classes else "no labelled image"
+    left = "labelled images of one class" if classes else "no labelled image"
     require(classes > 1, f"--limit {settings.limit} leaves {left}: give more")
     enough = settings.batch_size <= count or settings.evaluate
     require(enough, f"--batch-size {settings.batch_size}: give {count}, all images, or less")
@@ -1103,7 +1105,7 @@ def compute_metrics(game, data):
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 
 
-def some(images):
+def evenly_spaced(images):
     """Twelve of the images (or of their masks, or None), evenly spaced; all if there are fewer."""
     return images if images is None else images[
         torch.linspace(0, len(images) - 1, min(12, len(images))).round().long()]
@@ -1171,7 +1173,7 @@ def save_figure(path, plot, *arguments):
 def plot_neighbours(data, train_rows, train_features, test_features):
     """A figure of twelve test images, a row each, with the eight nearest of the training images
     (their rows and features are given) and their classes: green if it is the test image's."""
-    tests = some(torch.arange(len(data.test_images)))
+    tests = evenly_spaced(torch.arange(len(data.test_images)))
     nearest = train_rows[nearest_neighbours(train_features, test_features[tests], 8)[1].cpu()]
     labels = torch.cat((data.test_labels[tests, None], data.labels[nearest]), 1).tolist()
     rows = [[data.test_images[test] / 255, *data.images[near, :3] / 255]
@@ -1208,8 +1210,6 @@ RUN_FILES = ("checkpoint.pt", "log.csv", "film.gif", "curves.png", "results.json
 PARTS = ("model", "model_optimizer", "occluder", "occluder_optimizer", "scaler")
 NETWORKS = ("image_size", "ssl", "encoder", "width", "small_stem", "masks", "num_masks",
             "occluder_width")  # the settings that shape them
-TAKEN = ("give --overwrite or another --out or, if checkpoint.pt is there, --resume (if not, a run "
-         "is starting there, or was killed as it did)")
 VERSION = 4  # of checkpoints: what another one wrote cannot be used
 
 
@@ -1218,18 +1218,17 @@ def pick_device(name, compile=False):
     it or, if asked for, torch.compile does not work here."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    tried = f"--device {name}"
     try:
         probe = torch.zeros(1, device=name)
         probe.cpu()  # `meta` is a device, too, but nothing comes back from it
         if probe.is_cuda:
             torch.cuda.set_device(probe.device)  # whose streams a captured step uses
         if compile:  # fails without a C compiler or Triton, and on old GPUs
-            tried = "--compile"
             torch.compile(torch.sin)(probe)
     except (RuntimeError, AssertionError, ImportError) as error:
+        given = f"--device {name}" + " with --compile" * compile
         reason = str(error).split("\n\n")[0]  # hints for developers follow
-        raise AdiosError(f"{tried} does not work here, leave it out: {reason}") from error
+        raise AdiosError(f"{given} does not work here, leave it out: {reason}") from error
     return probe.device
 
 
@@ -1241,19 +1240,20 @@ def files_of_run(out):
     return [out / name for name in RUN_FILES if os.path.lexists(out / name)] + transfer
 
 
-def check_folder(out, held=(), fix="name another"):
+def check_folder(out, files=(), fix="name another"):
     """Raise AdiosError if a folder cannot be written to, or if it holds these files."""
     place = next((path for path in (out, *out.parents) if os.path.lexists(path)), None)
-    fits = place and place.is_dir() and os.access(place, os.W_OK)
-    require(fits, f"--out {out} cannot be made or written to: name another")
-    names = ", ".join(os.path.relpath(path, out) for path in held)
-    require(not held, f"--out {out} holds {names}: {fix}")
+    writable = place and place.is_dir() and os.access(place, os.W_OK)
+    require(writable, f"--out {out} cannot be made or written to: name another")
+    names = ", ".join(os.path.relpath(path, out) for path in files)
+    require(not files, f"--out {out} holds {names}: {fix}")
 
 
 def claim(out, undo):
-    """Take a folder for a new run by making its log.csv, so that another one started at the same
-    time is refused. Closing `undo`, an ExitStack, gives it back. Raises AdiosError if it is held."""
-    check_folder(out, files_of_run(out), TAKEN)
+    """Reserve a folder for a new run by making its log.csv, so that another one started at the same
+    time is refused. Closing `undo`, an ExitStack, removes it. Raises AdiosError if it is taken."""
+    fix = "its run ended, is starting or was killed: give --overwrite, --resume or another --out"
+    check_folder(out, files_of_run(out), fix)
     made = [path for path in (out, *out.parents) if not path.exists()]
     out.mkdir(parents=True, exist_ok=True)
     undo.callback(lambda: [path.rmdir() for path in made if not any(path.iterdir())])
@@ -1261,7 +1261,7 @@ def claim(out, undo):
         (out / "log.csv").touch(exist_ok=False)
     except FileExistsError:  # another one was faster
         undo.pop_all()
-        check_folder(out, [out / "log.csv"], TAKEN)
+        check_folder(out, [out / "log.csv"], fix)
     undo.callback((out / "log.csv").unlink)
 
 
@@ -1298,7 +1298,7 @@ def save_run(out, game, log, film):
 
 def draw_run(out, game, data, log, film):
     """Draw curves.png, masks.png and, where masks are learned, film.gif."""
-    images, truth = some(data.test_images), some(data.test_masks)
+    images, truth = evenly_spaced(data.test_images), evenly_spaced(data.test_masks)
     save_figure(out / "curves.png", plot_curves, log)
     save_figure(out / "masks.png", plot_masks, images, predict_masks(game, images, truth))
     if film:
@@ -1379,7 +1379,7 @@ def train_epoch(game, data, epoch, bar):
                        for network in (game.model, game.occluder))
     check_finite(epoch * count, model, occluder)  # as the last step leaves them
     row = {name: torch.tensor([step[name] for step in steps if name in step]).mean().item()
-           for name in {**steps[-1], **steps[0]}}  # the occluder may have learned in some only
+           for name in {**steps[-1], **steps[0]}}  # the occluder may have learned in a part of them
     seconds = time.perf_counter() - start
     return {"epoch": epoch, **row, "images_per_second": count * size / seconds}
 
@@ -1387,8 +1387,8 @@ def train_epoch(game, data, epoch, bar):
 def play_epochs(game, data, out, log, film):
     """Play what is left of the run after the epochs in `log` and the frames in `film`, which grow.
     Process 0 computes metrics, draws and saves on the way."""
-    shown, truth, warned = some(data.test_images), some(data.test_masks), set()
-    epochs = game.settings.epochs
+    shown, truth = evenly_spaced(data.test_images), evenly_spaced(data.test_masks)
+    epochs, warned = game.settings.epochs, set()
     size = len(data.images) // game.settings.batch_size * game.settings.batch_size
     masks = predict_masks(game, shown, truth)
     if game.learned and not log:
@@ -1417,10 +1417,10 @@ def read_resumed(settings):
     """The checkpoint that the settings resume. Raises AdiosError if it has others."""
     state = read_checkpoint(Path(settings.out, "checkpoint.pt"))
     free = ("data_dir", "device", "cuda_graph", "compile", "out", "resume", "overwrite")
-    odd = [f"{flag(name)} {was}" for name, was in state["settings"].items()
+    different = [f"{flag(name)} {was}" for name, was in state["settings"].items()
            if name not in free and was != getattr(settings, name)]
-    odd += [f"{state['processes']} processes"] * (state["processes"] != WORLD)
-    require(not odd, f"--resume: the checkpoint has {', '.join(odd)}: give the same")
+    different += [f"{state['processes']} processes"] * (state["processes"] != WORLD)
+    require(not different, f"--resume: the checkpoint has {', '.join(different)}: give the same")
     return state
 
 
@@ -1547,7 +1547,7 @@ def paint_pictures(game, folder, paths, out):
     """Paint masks on twelve pictures in a folder, those of these paths; into out goes masks.png."""
     require(game.learned, "--evaluate: this checkpoint has no masks to paint on pictures")
     left_out = find_left_out([folder], flat=True)
-    chosen = [str(paths[n]) for n in some(torch.arange(len(paths)))]
+    chosen = [str(paths[n]) for n in evenly_spaced(torch.arange(len(paths)))]
     images = decode(chosen, game.settings.image_size)
     print(left_out, end="", file=sys.stderr)
     save_figure(out / "masks.png", plot_masks, images, predict_masks(game, images))
@@ -1560,8 +1560,8 @@ def evaluate(settings):
     run's own folder, masks.png. Returns the shares and indices, 0 to 1, that evaluation.json holds;
     None for a folder of pictures without classes, on which masks are painted and that is all."""
     device, state = pick_device(settings.device), read_checkpoint(settings.evaluate)
-    out, home, root = Path(settings.out), Path(settings.evaluate).parent, Path(settings.data_dir)
-    ours = out == home or (home in out.parents and not (out / "log.csv").exists())
+    out, run, root = Path(settings.out), Path(settings.evaluate).parent, Path(settings.data_dir)
+    ours = out == run or (run in out.parents and not (out / "log.csv").exists())
     check_folder(out, () if ours or settings.overwrite else files_of_run(out))
     torch.manual_seed(settings.seed)
     game = Game(settings, state["mean"], state["std"], device)
@@ -1595,8 +1595,8 @@ def evaluate(settings):
     write(out / "evaluation.json", lambda file: file.write(content.encode()))
     print("\n".join(f"{name:24}{value:8.3f}" for name, value in results.items()))
     save_figure(out / "neighbours.png", plot_neighbours, data, rows, train[0], test_features)
-    if out != home and game.learned:
-        shown = some(data.test_images)
+    if out != run and game.learned:
+        shown = evenly_spaced(data.test_images)
         save_figure(out / "masks.png", plot_masks, shown, predict_masks(game, shown))
     print(f"\nevaluation.json and neighbours.png are in {out}")
     return results
@@ -1623,9 +1623,9 @@ def bench(settings):
             loss.item()  # waits for the device
             seconds[n] = (time.perf_counter() - start) / steps
     times = times[1:]  # the first round warms up
-    results = {"simclr_steps": (times[:, 0] / times[:, 1]).median().item()}
-    for name, seconds in zip(("step", "plain SimCLR"), times.median(0).values.tolist()):
-        results |= {f"{name}, ms": 1000 * seconds, f"{name}, images/s": len(images) / seconds}
+    step, plain_step = times.median(0).values.tolist()
+    results = {"simclr_steps": (times[:, 0] / times[:, 1]).median().item(), "step, ms": 1000 * step,
+               "step, images/s": len(images) / step, "plain SimCLR, ms": 1000 * plain_step}
     print("\n".join(f"{name:32}{value:10.2f}" for name, value in results.items()))
     return results
 
@@ -1651,16 +1651,16 @@ def parse(argv=None):
     if "evaluate" not in given:
         return settings
     given = {name: getattr(settings, name) for name in given}  # paths in one spelling
-    saved, home = read_checkpoint(settings.evaluate)["settings"], Path(settings.evaluate).parent
+    saved, run = read_checkpoint(settings.evaluate)["settings"], Path(settings.evaluate).parent
     other = [name for name, value in given.items() if value != saved[name]]
     fixed = [f"{flag(name)} {saved[name]}" for name in other if name in NETWORKS]
     require(not fixed, f"the checkpoint has {', '.join(fixed)}: leave that out")
-    left = saved | dict(device="auto", compile=False, resume=False, overwrite=False, out=str(home))
+    changed = dict(device="auto", compile=False, resume=False, overwrite=False, out=str(run))
     dataset = given.get("dataset", saved["dataset"])
     if "dataset" in other or (dataset == "folder" and "data_dir" in other):
         name = Path(settings.data_dir).absolute().name if dataset == "folder" else ""
-        left |= dict(limit=0, data_dir=settings.data_dir, out=str(home / dataset / name))
-    return Settings(**left | given)
+        changed |= dict(limit=0, data_dir=settings.data_dir, out=str(run / dataset / name))
+    return Settings(**saved | changed | given)
 
 
 def print_results(results):

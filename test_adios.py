@@ -825,7 +825,7 @@ def test_fine_tuning_in_half_precision(monkeypatch):
 
 def test_pictures_show_what_they_are_given():
     for count in (1, 12, 13, 23, 24, 1000):  # evenly spaced
-        rows = adios.some(torch.arange(count))
+        rows = adios.evenly_spaced(torch.arange(count))
         assert len(rows) == min(count, 12) and rows[0] == 0 and rows[-1] == count - 1
         assert count == 1 or 0 < rows.diff().max() <= rows.diff().min() + 1
     images, masks = torch.zeros(3, 3, 8, 8).byte(), torch.zeros(3, 2, 8, 8)
@@ -1125,7 +1125,7 @@ def test_two_runs_started_at_once_do_not_share_a_folder(monkeypatch, refused, li
         monkeypatch.setattr(adios, "load_data", None)  # the other is refused before
         for found in (adios.files_of_run, lambda out: []):  # also at the very same moment
             monkeypatch.setattr(adios, "files_of_run", found)
-            refused(*flags(out="a/o"), says="o holds log.csv: give --overwrite or another")
+            refused(*flags(out="a/o"), says="o holds log.csv: its run ended, is starting or was")
         return load(*arguments)
     monkeypatch.setattr(adios, "load_data", start_another)
     monkeypatch.setattr(os, "fsync", lambda number: parts.extend(Path("a/o").glob("*.part")))
