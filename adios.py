@@ -93,7 +93,7 @@ def conv_block(c_in, c_out):
 
 
 class Occluder(nn.Module):
-    """Views [B, 3, H, H], H ≥ 32, to masks [B, N, H, H] in (0, 1) that sum to 1 over N. It has
+    """Views [B, 3, H, H], H ≥ 32, to masks [B, N, H, H] in [0, 1] that sum to 1 over N. It has
     int(log2(H) − 1) stages, each at half the resolution of the one before; the last three have 2c
     channels, those before c. The width c is a multiple of 8."""
 
@@ -107,8 +107,17 @@ class Occluder(nn.Module):
         flat = channels[-1] * math.ceil(image_size / 2**(depth - 1))**2
         self.mlp = mlp(flat, 128, 128, flat, norm=nn.Identity).append(nn.ReLU())
         self.to_masks = nn.Conv2d(width, num_masks, 1)
+        # Masks that start alike get like gradients and may never part. So at first logits have a
+        # standard deviation of about 5, and a mean of 0 (on noise), which makes all areas alike.
+        nn.init.orthogonal_(self.to_masks.weight, 10)
+        with torch.no_grad():
+            noise = torch.randn(2, 3, image_size, image_size)
+            self.to_masks.bias -= self.logits(noise).mean((0, 2, 3))
 
     def forward(self, x):
+        return self.logits(x).float().softmax(1)
+
+    def logits(self, x):
         skips = []
         for block in self.down:
             x = block(x[:, :, ::2, ::2] if skips else x)  # nearest-neighbour downsampling
@@ -116,7 +125,7 @@ class Occluder(nn.Module):
         x = self.mlp(x.flatten(1)).view(x.shape)  # sees the whole image at once
         for block, skip in zip(self.up, skips[::-1]):
             x = block(torch.cat((F.interpolate(x, skip.shape[2:]), skip), 1))  # nearest neighbour
-        return self.to_masks(x).float().softmax(1)
+        return self.to_masks(x)
 
 
 def sparsity_penalty(masks):
@@ -157,11 +166,10 @@ def byol_loss(p, z):
     return 2 + 2 * simsiam_loss(p, z)
 
 
-OBJECTIVES = {  # the embeddings of two views to a scalar
+OBJECTIVES = {  # the Embeddings of an unmasked view and of the other one, masked, to a scalar
     "simclr": lambda a, b, temperature: nt_xent(a.target, b.target, temperature),
     "byol": lambda a, b, _: (byol_loss(a.prediction, b.target) + byol_loss(b.prediction, a.target)),
-    "simsiam": lambda a, b, _: (simsiam_loss(a.prediction, b.target)
-                                + simsiam_loss(b.prediction, a.target)) / 2}
+    "simsiam": lambda a, b, _: simsiam_loss(b.prediction, a.target)}
 
 
 class Siamese(nn.Module):
@@ -255,27 +263,27 @@ class Game:
         """Both moves on uint8 images [B, C, H, H], object masks beyond channel three. Returns by
         name the loss L, the area of each mask and, where the occluder learns, its gain L − λp."""
         (view_a, view_b), (truth_a, truth_b) = self.two_views(images)
-        pairs = [(view_a, view_b, truth_b)]  # an unmasked view, one to mask, the object in that
-        if self.settings.ssl == "simsiam":   # in the paper it masks either view in turn
-            pairs.append((view_b, view_a, truth_a))
+        whole, to_mask, truths = [view_a], [view_b], [truth_b]
+        if self.settings.ssl == "simsiam":  # for SimSiam ADIOS masks both views, each by its own
+            whole, to_mask, truths = [view_a, view_b], [view_b, view_a], [truth_b, truth_a]
         scheme = SCHEMES[self.settings.masks]
         with torch.set_grad_enabled(occluder_learns):
-            masks = [self.paint(view) for _, view, _ in pairs]               # [B, N, H, H] each
-            hidden = [scheme(view, masks_of_view, truth)                     # [B, K, H, H] each
-                      for (_, view, truth), masks_of_view in zip(pairs, masks)]
+            masks = [self.paint(view) for view in to_mask]                    # [B, N, H, H] each
+            hidden = [scheme(*args) for args in zip(to_mask, masks, truths)]  # [B, K, H, H] each
+        unmasked = [self.embed(view) for view in whole]
         report = {}
 
         if occluder_learns and self.settings.updates == "simultaneous":
             # Both moves by one backward pass. Gradient reversal: the value is the mask's, its
             # gradient −1, so that one step down moves the encoder down and the occluder up on L.
-            loss, _ = self.loss(pairs, [2 * mask.detach() - mask for mask in hidden])
+            loss = self.loss(unmasked, to_mask, [2 * mask.detach() - mask for mask in hidden])
             penalty = self.penalty(masks)
             self.minimise(loss + penalty, self.model_optimizer, self.occluder_optimizer)
             self.model.update_target(self.target_rate)
             report["gain"] = (loss - penalty).detach()
         else:
             # The encoder's move: down on the loss. `detach` makes the masks constants.
-            loss, unmasked = self.loss(pairs, [mask.detach() for mask in hidden])
+            loss = self.loss(unmasked, to_mask, [mask.detach() for mask in hidden])
             self.minimise(loss, self.model_optimizer)
             self.model.update_target(self.target_rate)
 
@@ -283,26 +291,27 @@ class Game:
             # gradient reaches its masks through an encoder that is held still. The masked views
             # are encoded anew, the unmasked ones are as before the encoder's move.
             if occluder_learns:
+                unmasked = [Embedding(*map(Tensor.detach, parts)) for parts in unmasked]
                 with frozen(self.model):
-                    loss_after, _ = self.loss(pairs, hidden, unmasked)
-                gain = loss_after - self.penalty(masks)
+                    gain = self.loss(unmasked, to_mask, hidden) - self.penalty(masks)
                 self.minimise(-gain, self.occluder_optimizer)
                 report["gain"] = gain.detach()
 
         report["loss"] = loss.detach()
-        areas = sum(m.detach().mean((0, 2, 3)) for m in (masks if self.learned else hidden))
-        return report | {f"area_{n + 1}": area / len(pairs) for n, area in enumerate(areas)}
+        areas = torch.stack([m.detach().mean((0, 2, 3)) for m in (masks if self.learned else hidden)])
+        return report | {f"area_{n + 1}": area for n, area in enumerate(areas.mean(0))}
 
-    def loss(self, pairs, hidden, unmasked=None):
-        """L, a scalar: the mean over all pairs and masks. Also returns the unmasked views'
-        Embeddings, detached, to be given in again for the occluder's move."""
-        objective, temperature = OBJECTIVES[self.settings.ssl], self.settings.temperature
-        unmasked = unmasked or [self.embed(view) for view, _, _ in pairs]
-        losses = [objective(embedding, self.embed(view * (1 - mask)), temperature)
-                  for embedding, (_, view, _), masks in zip(unmasked, pairs, hidden)
-                  for mask in masks.to(view.dtype).split(1, 1)]  # 0 is the data's mean colour
-        constants = [Embedding(*(part.detach() for part in parts)) for parts in unmasked]
-        return torch.stack(losses).mean(), constants
+    def loss(self, unmasked, to_mask, hidden):
+        """L, a scalar: the mean over all masks of how far each masked view is from the Embedding of
+        the unmasked one beside it."""
+        objective, temperature, losses = OBJECTIVES[self.settings.ssl], self.settings.temperature, []
+        for n, (view, masks) in enumerate(zip(to_mask, hidden)):
+            for mask in masks.to(view.dtype).split(1, 1):
+                masked = self.embed(view * (1 - mask))  # 0 is the data's mean colour
+                losses.append(objective(unmasked[n], masked, temperature))
+                if self.settings.ssl == "simsiam":  # half of its loss is of the unmasked pair
+                    losses.append(objective(unmasked[n], unmasked[1 - n], temperature))
+        return torch.stack(losses).mean()
 
     def penalty(self, masks):
         """λp, a scalar: the mean over all of the N masks of all processes' images."""
@@ -332,7 +341,8 @@ class Game:
         self.memory_format = memory_format(device, settings.width)
         for network in (self.model, self.occluder):
             network.to(device, memory_format=self.memory_format)
-        self.model_optimizer = make_optimizer(self.model, settings)
+        constant = {*self.model.predictor.parameters()} if settings.ssl == "simsiam" else ()
+        self.model_optimizer = make_optimizer(self.model, settings, constant)
         self.occluder_optimizer = make_optimizer(self.occluder, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.target_rate = torch.zeros((), device=device)
@@ -439,14 +449,16 @@ def fastest_step(game):
     return CapturedStep(game) if can_capture and game.settings.cuda_graph else game.step
 
 
-def make_optimizer(network, settings):
-    """AdamW for what can be trained, without weight decay of biases and norms."""
-    trained = [p for p in network.parameters() if p.requires_grad]
-    on_gpu = trained[0].is_cuda
+def make_optimizer(network, settings, constant=()):
+    """AdamW for what can be trained, without weight decay of biases and norms; `constant` holds the
+    parameters whose rate stays at its peak."""
+    device, groups = next(network.parameters()).device, {}
+    for p in filter(lambda p: p.requires_grad, network.parameters()):
+        groups.setdefault((p.ndim > 1, p in constant), []).append(p)
     return torch.optim.AdamW([
-        dict(params=[p for p in trained if p.ndim > 1], weight_decay=settings.weight_decay),
-        dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)], fused=True,
-        lr=torch.zeros((), device=trained[0].device) if on_gpu else 0.0, capturable=on_gpu)
+        dict(params=group, weight_decay=settings.weight_decay * decays, constant=stays,
+             lr=torch.zeros((), device=device) if device.type == "cuda" else 0.0)
+        for (decays, stays), group in groups.items()], fused=True, capturable=device.type == "cuda")
 
 
 def set_rate(optimizer, peak, progress):
@@ -454,8 +466,8 @@ def set_rate(optimizer, peak, progress):
     fall = (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
     rate = peak * (0.1 + 9 * progress if progress < 0.1 else fall)
     for group in optimizer.param_groups:
-        lr = group["lr"]  # on a GPU a tensor, which a captured step reads
-        group["lr"] = lr.fill_(rate) if isinstance(lr, Tensor) else rate
+        lr, value = group["lr"], peak if group["constant"] else rate
+        group["lr"] = lr.fill_(value) if isinstance(lr, Tensor) else value  # a captured step's one
 
 
 def precision(device):
@@ -1070,6 +1082,12 @@ def object_iou(masks, truth):
     return iou.amax(1).mean().item()
 
 
+def masks_apart(masks):
+    """How far the two most alike of masks [n, N, H, W] are apart: mean of |m_i − m_j|, from 0 to 1,
+    at most 2 / N."""
+    return (F.pdist(masks.movedim(1, 0).flatten(1), 1).min() / masks[:, 0].numel()).item()
+
+
 def embedding_spread(z):
     """Standard deviation of embeddings [n, D] once normalised, mean over the dimensions, times √D:
     1 where they are spread evenly over the sphere, 0 where they collapsed."""
@@ -1077,7 +1095,8 @@ def embedding_spread(z):
 
 
 METRICS = {"knn": "k-NN", "knn_shuffled_background": "k-NN, shuffled backgrounds",
-           "object_iou": "object IoU of the masks", "embedding_spread": "embedding spread"}
+           "object_iou": "object IoU of the masks", "masks_apart": "closest two masks apart",
+           "embedding_spread": "embedding spread"}
 
 
 @torch.no_grad()
@@ -1094,6 +1113,9 @@ def compute_metrics(game, data):
         metrics["knn_shuffled_background"] = shuffled
     if data.test_masks is not None and game.learned:
         metrics["object_iou"] = object_iou(predict_masks(game, data.test_images), data.test_masks)
+    if game.learned:
+        shown = evenly_spaced(data.test_images)
+        metrics["masks_apart"] = masks_apart(predict_masks(game, shown).cpu())
     metrics["embedding_spread"] = embedding_spread(game.model.eval().projector(test_features))
     game.model.train()
     return metrics
@@ -1210,7 +1232,7 @@ RUN_FILES = ("checkpoint.pt", "log.csv", "film.gif", "curves.png", "results.json
 PARTS = ("model", "model_optimizer", "occluder", "occluder_optimizer", "scaler")
 NETWORKS = ("image_size", "ssl", "encoder", "width", "small_stem", "masks", "num_masks",
             "occluder_width")  # the settings that shape them
-VERSION = 4  # of checkpoints: what another one wrote cannot be used
+VERSION = 5  # of checkpoints: what another one wrote cannot be used
 
 
 def pick_device(name, compile=False):
@@ -1344,10 +1366,12 @@ def warn(row, change, warned):
     collapsed, still = row["embedding_spread"] < 0.05, "gain" in row and change < 1e-4
     full = len(areas) > 1 and max(areas) > 0.98
     empty = len(areas) > 1 and min(areas) < 0.1 / len(areas)
+    alike = row.get("masks_apart", 1) < 0.2 / len(areas)
     signs = {
         "the embeddings have collapsed: try a smaller --lr or another --ssl": collapsed,
         "a mask covers nearly everything: try a larger --sparsity": full,
         "a mask covers nearly nothing: try a larger --sparsity or a smaller --num-masks": empty,
+        "two masks are alike: try a larger --occluder-lr or a smaller --num-masks": alike,
         "the occluder has stopped moving: try a larger --occluder-lr or another --seed": still}
     for text, holds in signs.items():
         if holds and text not in warned:

@@ -64,11 +64,11 @@ def make_game(device=CPU, **changes):
     return adios.Game(Settings(**SMALL | dict(batch_size=16) | changes), mean, std, device)
 
 def fix_views(game):
-    """Let each step see the same two views; returns them in pairs as `game.loss` takes them."""
+    """Let each step see the same two views; returns the pairs of one to leave and one to mask."""
     images, dtype = shapes().images[:16].to(game.device), next(game.model.parameters()).dtype
     view_a, view_b = [game.normalise(adios.augment(images, game.settings)).to(dtype) for _ in "AB"]
     game.two_views = lambda images: ((view_a, view_b), (None, None))
-    return [(view_a, view_b, None), (view_b, view_a, None)][:1 + (game.settings.ssl == "simsiam")]
+    return [(view_a, view_b), (view_b, view_a)][:1 + (game.settings.ssl == "simsiam")]
 
 def snapshot(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
@@ -143,9 +143,9 @@ def test_predicted_losses_are_the_written_out_ones_and_stop_at_the_target():
               for p, z in ((a.prediction, b.target), (b.prediction, a.target))]
     assert adios.simsiam_loss(a.prediction, b.target).item() == approx(-cosine[0], abs=1e-5)
     assert adios.byol_loss(a.prediction, b.target).item() == approx(2 - 2 * cosine[0], abs=1e-5)
-    for ssl, expected in (("simsiam", -sum(cosine) / 2), ("byol", 4 - 2 * sum(cosine))):
+    for ssl, expected in (("simsiam", -cosine[1]), ("byol", 4 - 2 * sum(cosine))):
         loss = adios.OBJECTIVES[ssl](a, b, 0.3)
-        p, z = torch.autograd.grad(loss, (a.prediction, a.target), allow_unused=True)
+        p, z = torch.autograd.grad(loss, (b.prediction, a.target), allow_unused=True)
         assert loss.item() == approx(expected, abs=1e-5) and z is None and p.abs().sum() > 0
     assert adios.OBJECTIVES["simclr"](a, b, 1) == adios.nt_xent(a.target, b.target, 1)
 
@@ -193,10 +193,19 @@ def test_masks_share_out_every_pixel(size, plan):
     occluder = adios.Occluder(size, 5, 8)
     assert [block[0].out_channels for block in occluder.down] == [8 * int(n) for n in plan]
     masks = occluder(torch.randn(2, 3, size, size))
-    assert masks.shape == (2, 5, size, size) and masks.min() > 0 and masks.max() < 1
+    assert masks.shape == (2, 5, size, size) and masks.min() >= 0 and masks.max() <= 1
     assert_close(masks.sum(1), torch.ones(2, size, size))
     masks[:, 0].square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in occluder.parameters())
+
+@parametrize("size, width, count", [(32, 8, 2), (32, 8, 6), (50, 16, 3), (96, 32, 6)])
+def test_masks_start_apart_and_none_is_idle(size, width, count):
+    images = adios.TF.resize(shapes().images[:8], size)
+    views = make_game(image_size=size).two_views(images)[0][0]
+    for _ in range(3):
+        masks = adios.Occluder(size, count, width)(views).detach()
+        assert adios.masks_apart(masks) > 0.3 * 2 / count  # at most 2 / N
+        assert masks.mean((0, 2, 3)).min() > 0.2 / count
 
 @parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_the_occluder_in_half_precision(device):
@@ -207,7 +216,7 @@ def test_the_occluder_in_half_precision(device):
             (inputs[0].dtype, output.dtype, torch.is_autocast_enabled(device))))
     assert all(v.isfinite() for v in game.play(shapes().images[:16].to(device), 0.1).values())
     assert len(seen) > 30 and set(seen) == {(torch.bfloat16, torch.bfloat16, False)}
-    (_, view, _), = fix_views(game)
+    (_, view), = fix_views(game)
     assert_close(game.paint(view), game.occluder(view.float()), atol=2e-2, rtol=0)  # float32
     game.learned, game.settings = False, replace(game.settings, masks="mae")
     assert adios.predict_masks(game, shapes().images[:4]).dtype == torch.float32  # for pictures
@@ -250,11 +259,17 @@ def test_a_step_written_out(ssl, scheme, updates):
     game.model.double(), game.occluder.double()  # batch norms of 16 images magnify float32's noise
     pairs, count = fix_views(game), 3 if scheme == "adios" else 1
     torch.manual_seed(1)
-    painted = [game.paint(view) for _, view, _ in pairs]
+    painted = [game.paint(view) for _, view in pairs]
     masks = [adios.SCHEMES[scheme](None, each, None) for each in painted]
-    loss = torch.stack([
+    losses = [
         adios.OBJECTIVES[ssl](game.model(view), game.model(other - other * m[:, n:n + 1]), 0.2)
-        for (view, other, _), m in zip(pairs, masks) for n in range(count)]).mean()
+        for (view, other), m in zip(pairs, masks) for n in range(count)]
+    if ssl == "simsiam":  # b masked to a, a masked to b, then b to a and a to b
+        a, b = (game.model(view) for view, _ in pairs)
+        losses = [sum(losses[:count]) / count, sum(losses[count:]) / count,
+                  adios.simsiam_loss(b.prediction, a.target),
+                  adios.simsiam_loss(a.prediction, b.target)]
+    loss = torch.stack(losses).mean()
     gain = loss - 0.7 * adios.sparsity_penalty(torch.cat(painted)).mean()
     loss.backward(retain_graph=True)
     descent, ascent = gradients(game.model), torch.autograd.grad(gain, game.occluder.parameters())
@@ -289,6 +304,13 @@ def test_rates_weight_decay_and_byols_target_are_as_scheduled():
     for progress, rate in ((0, 0.2), (0.05, 1.1), (0.1, 2), (0.55, 1), (1, 0)):
         adios.set_rate(game.model_optimizer, 2.0, progress)
         assert [g["lr"] for g in game.model_optimizer.param_groups] == approx([rate] * 2)
+    simsiam = make_game(ssl="simsiam", lr=0.5)
+    for progress in (0, 0.7):  # the predictor's rate is constant
+        simsiam.play(shapes().images[:16], progress)
+        rates = {p: g["lr"] for g in simsiam.model_optimizer.param_groups for p in g["params"]}
+        predictor = {*simsiam.model.predictor.parameters()}
+        assert all((rate == 0.5) == (p in predictor) for p, rate in rates.items())
+        assert len(rates) == len([*simsiam.model.parameters()])
     for progress in (0, 0.25, 1):
         before = [p.clone() for p in game.model.target.parameters()]
         game.play(shapes().images[:16], progress)
@@ -708,6 +730,8 @@ def test_metrics_by_hand():
     masks[0, 1] = torch.tensor([0.6, 0.6, 0.6, 0.4])[:, None]  # 12 pixels, 8 of them right
     masks[1, 0] = torch.tensor([0.6, 0.6, 0.4, 0.4])[:, None]  # 8 pixels, 1 of them right
     assert adios.object_iou(masks, truth) == approx((8 / 12 + 1 / 8) / 2)
+    masks = torch.tensor([[[0.5, 0.5], [0.3, 0.0], [0.2, 0.5]], [[1, 0.4], [0, 0.2], [0, 0.4]]])
+    assert adios.masks_apart(masks[..., None]) == approx((0.1 + 0.5 + 0 + 0.2) / 4)  # last two
     scores = torch.tensor([[0.1, 0.5, 0.4], [0.6, 0.3, 0.1], [0.2, 0.3, 0.5]])
     for k, share in ((1, 1 / 3), (2, 2 / 3), (9, 1)):
         assert adios.top(scores, torch.tensor([1, 1, 0]), k) == approx(share)
@@ -1059,6 +1083,7 @@ def test_warnings_are_said_once_each(capsys, light):
     for change, moved, says in ((dict(embedding_spread=0.0), 0.01, "collapsed"),
                                 (dict(area_1=0.99, area_2=0.3), 0.01, "covers nearly everything"),
                                 (dict(area_1=0.01), 0.01, "covers nearly nothing"),
+                                (dict(masks_apart=0.05), 0.01, "are alike"),
                                 ({}, 0.0, "stopped moving")):
         for _ in range(2):
             adios.warn(well | change, moved, warned)
