@@ -12,16 +12,17 @@ play a min-max game over one loss L, any siamese method's:
 A and B are the two views, m_1 … m_N soft masks that the occluder, a U-Net, paints on B. They sum to
 1 at each pixel, and the penalty p_n keeps each from hiding nothing or everything. The occluder
 gains by hiding what the encoder relies on, so its masks come to follow objects. One training step
-(of ADIOS-s, which uses one of the N masks per image):
+of ADIOS-s, which uses one of the N masks per image (ADIOS takes the mean of L over all of them):
 
     view_a, view_b = augment(images), augment(images)
     masks = occluder(view_b)                               # [B, N, H, W], a softmax over N
     mask = one of the N masks, at random for each image    # [B, 1, H, W]
+    z_a = encoder(view_a)
 
-    loss = L(encoder(view_a), encoder(view_b * (1 - mask.detach())))
+    loss = L(z_a, encoder(view_b * (1 - mask.detach())))   # 0 is the mean colour
     minimise(loss)                                         # updates the encoder
 
-    loss = L(encoder(view_a), encoder(view_b * (1 - mask)))
+    loss = L(z_a.detach(), encoder(view_b * (1 - mask)))   # z_a as it was: that saves a pass
     penalty = (1 / sin(pi * masks.mean((2, 3)))).mean()
     minimise(-(loss - λ * penalty))                        # updates the occluder only
 
@@ -78,12 +79,12 @@ from tqdm import tqdm
 # one that hides more of a thing leaves less of it to the others.
 
 
-def mlp(*sizes, norm=nn.BatchNorm1d):
-    """[B, first size] to [B, last]: linear layers, between them a norm and ReLU."""
+def mlp(*widths, norm=nn.BatchNorm1d):
+    """[B, first width] to [B, last]: linear layers, between them a norm and ReLU."""
     layers = []
-    for d_in, d_out in zip(sizes, sizes[1:-1]):
+    for d_in, d_out in zip(widths[:-2], widths[1:-1]):
         layers += [nn.Linear(d_in, d_out), norm(d_out), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+    return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
 
 
 def conv_block(c_in, c_out):
@@ -95,7 +96,7 @@ def conv_block(c_in, c_out):
 class Occluder(nn.Module):
     """Views [B, 3, H, H], H ≥ 32, to masks [B, N, H, H] in [0, 1] that sum to 1 over N. It has
     int(log2(H) − 1) stages, each at half the resolution of the one before; the last three have 2c
-    channels, those before c. The width c is a multiple of 8."""
+    channels, earlier ones c: at 96 pixels c, c, 2c, 2c, 2c. c, the width, is a multiple of 8."""
 
     def __init__(self, image_size, num_masks, width=32):
         super().__init__()
@@ -124,7 +125,7 @@ class Occluder(nn.Module):
             skips.append(x)
         x = self.mlp(x.flatten(1)).view(x.shape)  # sees the whole image at once
         for block, skip in zip(self.up, skips[::-1]):
-            x = block(torch.cat((F.interpolate(x, skip.shape[2:]), skip), 1))  # nearest neighbour
+            x = block(torch.cat((F.interpolate(x, skip.shape[2:]), skip), 1))  # and upsampling
         return self.to_masks(x)
 
 
@@ -137,14 +138,14 @@ def sparsity_penalty(masks):
 
 # ---- The objectives ------------------------------------------------------------------------------
 # The loss L: how far two views are apart. SimCLR contrasts with the other images; BYOL and SimSiam
-# predict the other view's embedding, which gets no gradient.
+# predict the other view's embedding, to which no gradient goes.
 
 
 class Embedding(NamedTuple):
     """A view as the loss sees it, [B, D] each."""
 
-    prediction: Tensor  # SimCLR, which has no predictor, has the projection here, too
-    target: Tensor      # the projection, for BYOL the moving-average network's
+    prediction: Tensor  # of the other view's target; for SimCLR, which has no predictor, projection
+    target: Tensor      # the projection, for BYOL the target network's; SimCLR does not use it
 
 
 def nt_xent(z_a, z_b, temperature):
@@ -167,27 +168,27 @@ def byol_loss(p, z):
 
 
 OBJECTIVES = {  # the Embeddings of an unmasked view and of the other one, masked, to a scalar
-    "simclr": lambda a, b, temperature: nt_xent(a.target, b.target, temperature),
-    "byol": lambda a, b, _: (byol_loss(a.prediction, b.target) + byol_loss(b.prediction, a.target)),
-    "simsiam": lambda a, b, _: simsiam_loss(b.prediction, a.target)}
+    "simclr": lambda a, b, temperature: nt_xent(a.prediction, b.prediction, temperature),
+    "byol": lambda a, b, _: byol_loss(a.prediction, b.target) + byol_loss(b.prediction, a.target),
+    "simsiam": lambda a, b, _: simsiam_loss(b.prediction, a.target)}  # and see Game.loss
 
 
 class Siamese(nn.Module):
-    """An encoder, [B, dim] features, and its heads: views [B, 3, H, H] to an Embedding. The heads
-    are as wide as the paper's, or in proportion to thin encoders."""
+    """An encoder, views [B, 3, H, H] to features [B, dim], and its heads, features to an Embedding,
+    as wide as the paper's or, for thin encoders, in proportion."""
 
     def __init__(self, settings):
         super().__init__()
         self.encoder, self.dim = make_encoder(settings)
         hidden = min(4 * self.dim, 2048)
-        self.predictor = self.target = None
+        self.predictor = self.target_network = None
         if settings.ssl == "simclr":
             self.projector = mlp(self.dim, hidden, 128, norm=nn.Identity)
         elif settings.ssl == "byol":
             self.projector = mlp(self.dim, 2 * hidden, 256)
             self.predictor = mlp(256, 4 * hidden, 256)
-            self.target = copy.deepcopy(nn.Sequential(self.encoder, self.projector))
-            self.target.requires_grad_(False)
+            self.target_network = copy.deepcopy(nn.Sequential(self.encoder, self.projector))
+            self.target_network.requires_grad_(False)
         elif settings.ssl == "simsiam":
             self.projector = mlp(self.dim, hidden, hidden, hidden)
             self.projector.append(nn.BatchNorm1d(hidden, affine=False))
@@ -196,43 +197,21 @@ class Siamese(nn.Module):
     def forward(self, view):
         projection = self.projector(self.encoder(view))
         prediction = self.predictor(projection) if self.predictor else projection
-        return Embedding(prediction, self.target(view.detach()) if self.target else projection)
+        target = self.target_network(view.detach()) if self.target_network else projection
+        return Embedding(prediction, target)
 
     @torch.no_grad()
-    def update_target(self, rate):
+    def update_target_network(self, rate):
         """BYOL: move the target network towards encoder and projector, by `rate` of the way."""
-        online = [*self.encoder.parameters(), *self.projector.parameters()]
-        for slow, fast in zip(self.target.parameters() if self.target else (), online):
-            slow.lerp_(fast, rate)
+        if self.target_network:
+            online = [*self.encoder.parameters(), *self.projector.parameters()]
+            for slow, fast in zip(self.target_network.parameters(), online):
+                slow.lerp_(fast, rate)
 
 
 # ---- Masking schemes -----------------------------------------------------------------------------
 # What is hidden of a view [B, 3, H, H]: K masks, [B, K, H, H] in [0, 1], over which the loss is
-# averaged. K is N for `adios` and else 1.
-
-
-def hide_patches(view):
-    """MAE (arXiv 2111.06377): 48 of the 64 cells of an 8 × 8 grid, 75 %, at random."""
-    masked = torch.rand(len(view), 64, device=view.device).argsort(1) < 48
-    return F.interpolate(masked.view(-1, 1, 8, 8).to(view.dtype), view.shape[2:])
-
-
-def hide_blocks(view):
-    """BEiT (arXiv 2106.08254, algorithm 1): up to twelve rectangles that cover 30 % together, each
-    8 % of the image or more while so much is missing, log aspect ratio uniform in ± log 0.3."""
-    count, size, device = len(view), view.shape[-1], view.device
-    masked = torch.zeros(count, size, size, dtype=torch.bool, device=device)
-    line = torch.arange(size, device=device)
-    for _ in range(12):
-        missing = (0.3 * size**2 - masked.sum((1, 2))).clamp_min(0)  # [B], in pixels
-        least = missing.clamp_max(0.08 * size**2)
-        area = least + (missing - least) * torch.rand(count, device=device)
-        ratio = uniform(math.log(0.3), -math.log(0.3), count, device=device).exp()
-        sides = torch.stack((area * ratio, area / ratio)).sqrt().floor().clamp_max(size)  # [2, B]
-        first = (torch.rand(2, count, device=device) * (size - sides + 1)).floor()
-        rows, columns = (line >= first[:, :, None]) & (line < (first + sides)[:, :, None])
-        masked |= rows[:, :, None] & columns[:, None, :]
-    return masked[:, None].to(view.dtype)
+# averaged. K is N for `adios` and else 1. MAE's and BEiT's random masks are drawn in part two.
 
 
 def pick_one(masks):
@@ -241,7 +220,8 @@ def pick_one(masks):
     return masks.take_along_dim(index, 1)
 
 
-# A view, the occluder's masks (or None) and the object's, [B, 1, H, H], to what is hidden.
+# A view, the occluder's masks (None without one) and the true object's (without channels where it
+# is not known) to what is hidden.
 SCHEMES = {
     "none": lambda view, masks, truth: torch.zeros_like(view[:, :1]),
     "mae": lambda view, masks, truth: hide_patches(view),
@@ -257,14 +237,16 @@ LEARNED = ("adios", "adios-s")  # the schemes that need an occluder
 
 
 class Game:
-    """The two players, `model` (encoder and heads) and `occluder`, and a step of their game."""
+    """The two players, `model` (encoder and heads) and `occluder`, and a step of their game. What
+    it calls to make views and encoders, to set rates and to run on GPUs or in several processes
+    (`gather` joins their embeddings) is in part two."""
 
     def step(self, images, occluder_learns):
-        """Both moves on uint8 images [B, C, H, H], object masks beyond channel three. Returns by
-        name the loss L, the area of each mask and, where the occluder learns, its gain L − λp."""
+        """Both moves on uint8 images [B, C, H, H], true masks beyond channel three. Returns by name
+        the loss L, the area of each mask and, where the occluder learns, its gain L − λp."""
         (view_a, view_b), (truth_a, truth_b) = self.two_views(images)
         whole, to_mask, truths = [view_a], [view_b], [truth_b]
-        if self.settings.ssl == "simsiam":  # for SimSiam ADIOS masks both views, each by its own
+        if self.settings.ssl == "simsiam":  # for it both views are masked, each by its own masks
             whole, to_mask, truths = [view_a, view_b], [view_b, view_a], [truth_b, truth_a]
         scheme = SCHEMES[self.settings.masks]
         with torch.set_grad_enabled(occluder_learns):
@@ -279,44 +261,43 @@ class Game:
             loss = self.loss(unmasked, to_mask, [2 * mask.detach() - mask for mask in hidden])
             penalty = self.penalty(masks)
             self.minimise(loss + penalty, self.model_optimizer, self.occluder_optimizer)
-            self.model.update_target(self.target_rate)
+            self.model.update_target_network(self.target_rate)
             report["gain"] = (loss - penalty).detach()
         else:
             # The encoder's move: down on the loss. `detach` makes the masks constants.
             loss = self.loss(unmasked, to_mask, [mask.detach() for mask in hidden])
             self.minimise(loss, self.model_optimizer)
-            self.model.update_target(self.target_rate)
+            self.model.update_target_network(self.target_rate)
 
             # The occluder's move: up on the same loss less its penalty, hence the sign. The
             # gradient reaches its masks through an encoder that is held still. The masked views
             # are encoded anew, the unmasked ones are as before the encoder's move.
             if occluder_learns:
-                unmasked = [Embedding(*map(Tensor.detach, parts)) for parts in unmasked]
+                unmasked = [Embedding(*map(Tensor.detach, z)) for z in unmasked]
                 with frozen(self.model):
                     gain = self.loss(unmasked, to_mask, hidden) - self.penalty(masks)
                 self.minimise(-gain, self.occluder_optimizer)
                 report["gain"] = gain.detach()
 
         report["loss"] = loss.detach()
-        areas = torch.stack([m.detach().mean((0, 2, 3)) for m in (masks if self.learned else hidden)])
-        return report | {f"area_{n + 1}": area for n, area in enumerate(areas.mean(0))}
+        areas = torch.cat(masks if self.learned else hidden).detach().mean((0, 2, 3))
+        return report | {f"area_{n + 1}": area for n, area in enumerate(areas)}
 
     def loss(self, unmasked, to_mask, hidden):
-        """L, a scalar: the mean over all masks of how far each masked view is from the Embedding of
-        the unmasked one beside it."""
-        objective, temperature, losses = OBJECTIVES[self.settings.ssl], self.settings.temperature, []
+        """L, a scalar: the mean, over views to mask [B, 3, H, H] and what is hidden of them
+        [B, K, H, H], of the objective between the other view's Embedding, unmasked, and theirs."""
+        objective, losses = OBJECTIVES[self.settings.ssl], []
         for n, (view, masks) in enumerate(zip(to_mask, hidden)):
             for mask in masks.to(view.dtype).split(1, 1):
-                masked = self.embed(view * (1 - mask))  # 0 is the data's mean colour
-                losses.append(objective(unmasked[n], masked, temperature))
+                masked = self.embed(view * (1 - mask))  # what is hidden gets 0, the mean colour
+                losses.append(objective(unmasked[n], masked, self.settings.temperature))
                 if self.settings.ssl == "simsiam":  # half of its loss is of the unmasked pair
-                    losses.append(objective(unmasked[n], unmasked[1 - n], temperature))
+                    losses.append(objective(unmasked[n], unmasked[1 - n], None))
         return torch.stack(losses).mean()
 
     def penalty(self, masks):
         """λp, a scalar: the mean over all of the N masks of all processes' images."""
-        penalties = torch.cat([sparsity_penalty(masks_of_view) for masks_of_view in masks])
-        return self.settings.sparsity * gather(penalties).mean()
+        return self.settings.sparsity * gather(sparsity_penalty(torch.cat(masks))).mean()
 
     def minimise(self, loss, *optimizers):
         """One step down on the loss by each optimizer."""
@@ -330,7 +311,9 @@ class Game:
             self.scaler.step(optimizer)
         self.scaler.update()
 
-    def __init__(self, settings, mean, std, device):  # what the methods above use
+    # From here on: how the game is set up.
+
+    def __init__(self, settings, mean, std, device):
         self.settings, self.device, self.dtype = settings, device, precision(device)
         self.learned = settings.masks in LEARNED
         self.mean, self.std = mean.to(device), std.to(device)
@@ -498,6 +481,35 @@ def gather(rows):
     parts = [torch.empty_like(rows, requires_grad=False) for _ in range(WORLD)]
     dist.all_gather(parts, rows.detach().contiguous())
     return torch.cat([*parts[:RANK], rows, *parts[RANK + 1:]])
+
+
+# ---- Random masks --------------------------------------------------------------------------------
+# What ADIOS is compared with: they hide as much, but look at nothing.
+
+
+def hide_patches(view):
+    """MAE (arXiv 2111.06377): 48 of the 64 cells of an 8 × 8 grid, 75 %, at random."""
+    masked = torch.rand(len(view), 64, device=view.device).argsort(1) < 48
+    return F.interpolate(masked.view(-1, 1, 8, 8).to(view.dtype), view.shape[2:])
+
+
+def hide_blocks(view):
+    """BEiT's blocks (arXiv 2106.08254, algorithm 1), here to 30 %, as the ADIOS paper has it: up to
+    twelve rectangles, log aspect ratio uniform in ± log 0.3, of 8 % of the image or more while so
+    much is missing. Their sides are rounded down, which leaves a little less."""
+    count, size, device = len(view), view.shape[-1], view.device
+    masked = torch.zeros(count, size, size, dtype=torch.bool, device=device)
+    line = torch.arange(size, device=device)
+    for _ in range(12):
+        missing = (0.3 * size**2 - masked.sum((1, 2))).clamp_min(0)  # [B], in pixels
+        least = missing.clamp_max(0.08 * size**2)
+        area = least + (missing - least) * torch.rand(count, device=device)
+        ratio = uniform(math.log(0.3), -math.log(0.3), count, device=device).exp()
+        sides = torch.stack((area * ratio, area / ratio)).sqrt().floor().clamp_max(size)  # [2, B]
+        first = (torch.rand(2, count, device=device) * (size - sides + 1)).floor()
+        rows, columns = (line >= first[:, :, None]) & (line < (first + sides)[:, :, None])
+        masked |= rows[:, :, None] & columns[:, None, :]
+    return masked[:, None].to(view.dtype)
 
 
 # ---- Settings ------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_predicted_losses_are_the_written_out_ones_and_stop_at_the_target():
         loss = adios.OBJECTIVES[ssl](a, b, 0.3)
         p, z = torch.autograd.grad(loss, (b.prediction, a.target), allow_unused=True)
         assert loss.item() == approx(expected, abs=1e-5) and z is None and p.abs().sum() > 0
-    assert adios.OBJECTIVES["simclr"](a, b, 1) == adios.nt_xent(a.target, b.target, 1)
+    assert adios.OBJECTIVES["simclr"](a, b, 1) == adios.nt_xent(a.prediction, b.prediction, 1)
 
 def test_sparsity_penalty_is_its_formula_and_finite_at_both_ends():
     masks = torch.rand(4, 3, 8, 8).softmax(1)
@@ -312,11 +312,11 @@ def test_rates_weight_decay_and_byols_target_are_as_scheduled():
         assert all((rate == 0.5) == (p in predictor) for p, rate in rates.items())
         assert len(rates) == len([*simsiam.model.parameters()])
     for progress in (0, 0.25, 1):
-        before = [p.clone() for p in game.model.target.parameters()]
+        before = [p.clone() for p in game.model.target_network.parameters()]
         game.play(shapes().images[:16], progress)
         online = [*game.model.encoder.parameters(), *game.model.projector.parameters()]
         momentum = 1 - 0.01 * (math.cos(math.pi * progress) + 1) / 2
-        for slow, was, fast in zip(game.model.target.parameters(), before, online, strict=True):
+        for slow, was, fast in zip(game.model.target_network.parameters(), before, online, strict=True):
             assert slow.grad is None and not slow.requires_grad
             assert_close(slow, momentum * was + (1 - momentum) * fast)
 
