@@ -1076,9 +1076,9 @@ def top(scores, labels, k=1):
 
 
 def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20, temperature=0.07):
-    """Accuracy, 0 to 1, of weighted k-NN (arXiv 1805.01978, section 3.4): each of the k training
-    features [n, D] nearest to a test feature votes for its label, int64 [n] from 0 up, with a
-    weight in proportion to exp(cosine similarity / temperature)."""
+    """Accuracy, 0 to 1, of weighted k-NN (arXiv 1805.01978, section 3.4) on features [m, D], labels
+    int64 [m]: each of the k nearest training features [n, D] votes for its label, int64 [n] from 0
+    up, with a weight in proportion to exp(cosine similarity / temperature)."""
     similarity, nearest = nearest_neighbours(train_features, test_features, k)
     votes = similarity.new_zeros(len(similarity), int(train_labels.max()) + 1).scatter_add(
         1, train_labels.to(nearest.device)[nearest], ((similarity - 1) / temperature).exp())
@@ -1454,7 +1454,7 @@ def train(settings):
     fits = settings.batch_size % WORLD == 0 and settings.batch_size >= 2 * WORLD
     require(fits, f"--batch-size: give a multiple of {WORLD}, from {2 * WORLD} up")
     state = read_resumed(settings) if settings.resume else None
-    with contextlib.ExitStack() as undo:  # what a run that cannot start leaves behind
+    with contextlib.ExitStack() as undo:  # takes back what `claim` made, should anything here fail
         if RANK:
             dist.barrier()  # until process 0 has the data, since only one may download them
         elif state or settings.overwrite:
@@ -1476,7 +1476,7 @@ def train(settings):
                 if path.name != "log.csv":  # which reserves the folder
                     path.unlink()
             save_run(out, game, log, film)
-        undo.pop_all()  # undoes nothing from here on: there is a checkpoint to resume
+        undo.pop_all()  # now that there is a checkpoint to resume, nothing is taken back
     if not RANK:
         millions = sum(p.numel() for p in game.model.encoder.parameters()) / 1e6
         print(f"{settings.dataset}: {len(data.images):,} images of {settings.image_size} px in "
