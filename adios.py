@@ -1588,7 +1588,7 @@ def score(game, data, examples, test_features):
 
 
 def evaluate(settings):
-    """Score the checkpoint settings.evaluate on its own data or, the paper's transfer, on others.
+    """Score the checkpoint settings.evaluate on its data or, as in the paper's transfer, on others.
     Into settings.out go evaluation.json, neighbours.png and, unless it is the run's folder,
     masks.png; returns the scores. Pictures without classes cannot be scored: only masks.png is
     written, and None returned. Raises AdiosError for what a user can fix."""
