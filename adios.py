@@ -1034,51 +1034,63 @@ def load_data(settings, device):
 # Of frozen features of unmasked images, and of masks. These are computed during training, too.
 
 
-def batches(game, images, rows=None):
-    """Images uint8 [n, 3, H, W], all or these rows, as the networks see them, 512 at a time."""
-    for part in (torch.arange(len(images)) if rows is None else rows).split(512):
-        yield game.normalise(images[part, :3].to(game.device) / 255)
+def batches(game, images, indices=None):
+    """Images uint8 [n, 3, H, W], all or those at `indices`, as the networks see them, by 512."""
+    for batch in (torch.arange(len(images)) if indices is None else indices).split(512):
+        yield game.normalise(images[batch, :3].to(game.device) / 255)
 
 
 @torch.no_grad()
-def extract_features(game, images, rows=None):
-    """The encoder's features, float32 [n, dim], of uint8 images [n, 3, H, H], all or these rows."""
+def extract_features(game, images, indices=None):
+    """Features, float32 [n, dim], of uint8 images [n, 3, H, H], all or those at `indices`."""
     game.model.eval()
     with game.autocast():
-        parts = [game.model.encoder(batch).float() for batch in batches(game, images, rows)]
+        features = [game.model.encoder(batch).float() for batch in batches(game, images, indices)]
     game.model.train()
-    return torch.cat(parts)
+    return torch.cat(features)
 
 
 @torch.no_grad()
 def predict_masks(game, images, truth=None):
     """What is hidden of uint8 images [n, 3, H, H]: the occluder's masks [n, N, H, H] or, where none
-    are learned, the scheme's [n, 1, H, H]. truth: the objects' masks, bool [n, H, H]."""
+    are learned, the scheme's [n, 1, H, H]. `truth` holds the objects' masks, bool [n, H, H]."""
     if game.learned:
         return torch.cat([game.paint(batch) for batch in batches(game, images)])
     truth = None if truth is None else truth[:, None].to(game.device).float()
     return SCHEMES[game.settings.masks](torch.cat([*batches(game, images)]), None, truth).float()
 
 
+def evenly_spaced(count):
+    """Twelve of the indices below `count` (all, if there are fewer), evenly spaced: int64."""
+    return torch.linspace(0, count - 1, min(12, count)).round().long()
+
+
+def shown_masks(game, data):
+    """Twelve test images, uint8 [12, 3, H, H], and what is hidden of them, [12, N or 1, H, H]."""
+    shown = evenly_spaced(len(data.test_images))
+    truth = None if data.test_masks is None else data.test_masks[shown]
+    return data.test_images[shown], predict_masks(game, data.test_images[shown], truth)
+
+
 def nearest_neighbours(train_features, test_features, k):
-    """Cosine similarities and row numbers, [m, k] each, of the k training features [n, D] (all, if
-    there are fewer) most similar to each of the test features [m, D]."""
+    """Cosine similarities and indices, [m, k] each, of the k training features [n, D] (all, if
+    there are fewer) nearest to each of the test features [m, D]."""
     bank = F.normalize(train_features)
-    parts = [(part @ bank.T).topk(min(k, len(bank)))
-             for part in F.normalize(test_features).split(1024)]
-    return tuple(map(torch.cat, zip(*parts)))
+    nearest = [(batch @ bank.T).topk(min(k, len(bank)))
+               for batch in F.normalize(test_features).split(1024)]
+    return tuple(map(torch.cat, zip(*nearest)))
 
 
 def top(scores, labels, k=1):
-    """The share, 0 to 1, of the rows of scores [n, C] whose label [n] is among the k highest."""
+    """Top-k accuracy, 0 to 1: how often the label [n] is among the k highest scores [n, C]."""
     best = scores.topk(min(k, scores.shape[1])).indices
     return (best == labels[:, None].to(best.device)).any(1).float().mean().item()
 
 
 def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20, temperature=0.07):
-    """Weighted k-NN (arXiv 1805.01978, section 3.4): the share, 0 to 1, of test labels int64 [m]
-    that win most votes. The k nearest training features vote for their label (int64 [n], none
-    negative, as of unlabelled images) with weight exp(cosine similarity / temperature)."""
+    """Accuracy, 0 to 1, of weighted k-NN (arXiv 1805.01978, section 3.4) on features [m, D], labels
+    int64 [m]: each of the k nearest training features [n, D] votes for its label, int64 [n] from 0
+    up, with a weight in proportion to exp(cosine similarity / temperature)."""
     similarity, nearest = nearest_neighbours(train_features, test_features, k)
     votes = similarity.new_zeros(len(similarity), int(train_labels.max()) + 1).scatter_add(
         1, train_labels.to(nearest.device)[nearest], ((similarity - 1) / temperature).exp())
@@ -1086,8 +1098,8 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
 
 
 def object_iou(masks, truth):
-    """Intersection over union, 0 to 1, of true object masks, bool [n, H, W], with the best of each
-    image's hardened masks [n, N, H, W] (each pixel to its largest); the mean over images."""
+    """Intersection over union, 0 to 1, of an object and the mask that fits it best, if each pixel
+    goes to its largest mask: the mean over masks [n, N, H, W] and true ones, bool [n, H, W]."""
     hard = F.one_hot(masks.argmax(1), masks.shape[1]).movedim(3, 1).bool()  # [n, N, H, W]
     truth = truth[:, None].to(hard.device)
     iou = (hard & truth).sum((2, 3)) / (hard | truth).sum((2, 3)).clamp_min(1)
@@ -1113,21 +1125,19 @@ METRICS = {"knn": "k-NN", "knn_shuffled_background": "k-NN, shuffled backgrounds
 
 @torch.no_grad()
 def compute_metrics(game, data):
-    """Those METRICS that the data set and the scheme allow, on the test images, by name; each is
-    from 0 to 1."""
-    rows = (data.labels >= 0).nonzero()[:, 0]
-    train = extract_features(game, data.images, rows), data.labels[rows]
+    """By name the METRICS, 0 to 1 each, that data set and scheme allow, on the test images."""
+    labelled = (data.labels >= 0).nonzero()[:, 0]
+    examples = extract_features(game, data.images, labelled), data.labels[labelled]
     test_features = extract_features(game, data.test_images)
-    metrics = {"knn": knn_accuracy(*train, test_features, data.test_labels)}
+    metrics = {"knn": knn_accuracy(*examples, test_features, data.test_labels)}
     if "mixed_rand" in data.backgrounds:
         images, labels = data.backgrounds["mixed_rand"]
-        shuffled = knn_accuracy(*train, extract_features(game, images), labels)
+        shuffled = knn_accuracy(*examples, extract_features(game, images), labels)
         metrics["knn_shuffled_background"] = shuffled
-    if data.test_masks is not None and game.learned:
-        metrics["object_iou"] = object_iou(predict_masks(game, data.test_images), data.test_masks)
     if game.learned:
-        shown = evenly_spaced(data.test_images)
-        metrics["masks_apart"] = masks_apart(predict_masks(game, shown).cpu())
+        if (truth := data.test_masks) is not None:
+            metrics["object_iou"] = object_iou(predict_masks(game, data.test_images), truth)
+        metrics["masks_apart"] = masks_apart(shown_masks(game, data)[1].cpu())
     metrics["embedding_spread"] = embedding_spread(game.model.eval().projector(test_features))
     game.model.train()
     return metrics
@@ -1137,12 +1147,6 @@ def compute_metrics(game, data):
 
 # Okabe and Ito's colours, told apart by the colour-blind too; mask n has the n-th everywhere.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
-
-
-def evenly_spaced(images):
-    """Twelve of the images (or of their masks, or None), evenly spaced; all if there are fewer."""
-    return images if images is None else images[
-        torch.linspace(0, len(images) - 1, min(12, len(images))).round().long()]
 
 
 def overlay(images, masks):
@@ -1155,6 +1159,7 @@ def overlay(images, masks):
 def plot_grid(rows, names, titles=None, colours=None):
     """A figure of rows of images [3 or 1, H, W] in [0, 1], with a name beside each row and, if
     given in the same layout, titles above the images and colours of titles and frames."""
+    # Letters beyond ASCII may be twice as wide, and folders may have names that are no valid text.
     titles = [[textwrap.fill(title, 16 if title.isascii() else 8, max_lines=3, placeholder="…")
                .encode(errors="replace").decode() for title in row] for row in titles or ()]
     figure = Figure(figsize=(1.15 * len(rows[0]), 1.2 * len(rows)), layout="constrained")
@@ -1174,8 +1179,8 @@ def plot_masks(images, masks):
     [n, N, H, W], and all of them over it."""
     rows = [images / 255, *masks.split(1, 1), overlay(images, masks)]
     names = ["image", *(f"mask {n + 1}" for n in range(masks.shape[1])), "all masks"]
-    frames = ["black", *(COLOURS[n % 8] for n in range(masks.shape[1])), "black"]
-    return plot_grid(rows, names, colours=[[frame] * len(images) for frame in frames])
+    colours = ["black", *(COLOURS[n % 8] for n in range(masks.shape[1])), "black"]
+    return plot_grid(rows, names, colours=[[colour] * len(images) for colour in colours])
 
 
 def film_frame(images, masks, epoch):
@@ -1189,26 +1194,25 @@ def film_frame(images, masks, epoch):
 
 
 def save_film(frames, file):
-    """Write frames as an animated GIF of 64 colours, five frames a second."""
-    times = [200] * (len(frames) - 1) + [3000]  # ms
+    """Write frames, uint8 [3, h, w], as an endless GIF; 64 colours, not dithered, keep it small."""
     images = [TF.to_pil_image(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
-    images[0].save(file, "gif", append_images=images[1:], save_all=True, duration=times, loop=0)
+    times = [200] * (len(frames) - 1) + [3000]  # ms: five a second, and then time to look
+    images[0].save(file, "gif", save_all=True, append_images=images[1:], duration=times, loop=0)
 
 
 def save_figure(path, plot, *arguments):
-    """Write the figure plot(*arguments) as a PNG, in matplotlib's own style, not a user's, and
+    """Write the figure plot(*arguments) as a PNG, in matplotlib's default style, not a user's, and
     without warnings, as of letters that the font lacks."""
     with style.context("default"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        figure = plot(*arguments)
-        write(path, lambda file: figure.savefig(file, format="png"))
+        write(path, lambda file: plot(*arguments).savefig(file, format="png"))
 
 
-def plot_neighbours(data, train_rows, train_features, test_features):
-    """A figure of twelve test images, a row each, with the eight nearest of the training images
-    (their rows and features are given) and their classes: green if it is the test image's."""
-    tests = evenly_spaced(torch.arange(len(data.test_images)))
-    nearest = train_rows[nearest_neighbours(train_features, test_features[tests], 8)[1].cpu()]
+def plot_neighbours(data, indices, train_features, test_features):
+    """A figure of twelve test images, a row each, with the eight nearest of the training images at
+    these indices, whose features are given, and their classes, green where it is the same."""
+    tests = evenly_spaced(len(data.test_images))
+    nearest = indices[nearest_neighbours(train_features, test_features[tests], 8)[1].cpu()]
     labels = torch.cat((data.test_labels[tests, None], data.labels[nearest]), 1).tolist()
     rows = [[data.test_images[test] / 255, *data.images[near, :3] / 255]
             for test, near in zip(tests, nearest)]
@@ -1226,7 +1230,7 @@ def plot_curves(log):
     panels = {"losses": losses, "mask areas": areas, "metrics": METRICS}
     for axis, (title, curves) in zip(figure.subplots(1, 3), panels.items()):
         for colour, (name, label) in zip(itertools.cycle(COLOURS), curves.items()):
-            if points := [(row["epoch"], row[name]) for row in log if name in row]:
+            if points := [(entry["epoch"], entry[name]) for entry in log if name in entry]:
                 axis.plot(*zip(*points), "o-", color=colour, label=label, markersize=3)
         axis.set(title=title, xlabel="epoch", ylim=None if title == "losses" else (0, 1))
         axis.legend(fontsize=8)
@@ -1238,18 +1242,17 @@ def plot_curves(log):
 # A run survives being cut off: no file is left incomplete, and order and crops follow from seed,
 # epoch, kind of device and number of processes alone: `--resume` goes on as if nothing had been.
 
+RUN_FILES = ("checkpoint.pt", "log.csv", "film.gif", "curves.png", "results.json", "encoder.pt")
 EVALUATION_FILES = ("evaluation.json", "neighbours.png", "masks.png")
-RUN_FILES = ("checkpoint.pt", "log.csv", "film.gif", "curves.png", "results.json", "encoder.pt",
-             *EVALUATION_FILES)
 PARTS = ("model", "model_optimizer", "occluder", "occluder_optimizer", "scaler")
-NETWORKS = ("image_size", "ssl", "encoder", "width", "small_stem", "masks", "num_masks",
-            "occluder_width")  # the settings that shape them
+# The settings that shape the networks, which a checkpoint therefore fixes.
+NETWORKS = "image_size ssl encoder width small_stem masks num_masks occluder_width".split()
 VERSION = 5  # of checkpoints: what another one wrote cannot be used
 
 
 def pick_device(name, compile=False):
     """The torch device of that name, or for `auto` the fastest that there is. Raises AdiosError if
-    it or, if asked for, torch.compile does not work here."""
+    it or, where wanted, torch.compile does not work here."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
@@ -1271,11 +1274,11 @@ def files_of_run(out):
     transfer = [path for dataset in PRESETS for name in EVALUATION_FILES
                 for path in out.glob(f"{dataset}{'/*' * (dataset == 'folder')}/{name}")
                 if not (path.parent / "log.csv").exists()]  # else they are another run's
-    return [out / name for name in RUN_FILES if os.path.lexists(out / name)] + transfer
+    return [*filter(os.path.lexists, map(out.joinpath, RUN_FILES + EVALUATION_FILES)), *transfer]
 
 
 def check_folder(out, files=(), fix="name another"):
-    """Raise AdiosError if a folder cannot be written to, or if it holds these files."""
+    """Raise AdiosError if a folder cannot be written to or holds these files; `fix`: what to do."""
     place = next((path for path in (out, *out.parents) if os.path.lexists(path)), None)
     writable = place and place.is_dir() and os.access(place, os.W_OK)
     require(writable, f"--out {out} cannot be made or written to: name another")
@@ -1284,8 +1287,9 @@ def check_folder(out, files=(), fix="name another"):
 
 
 def claim(out, undo):
-    """Reserve a folder for a new run by making its log.csv, so that another one started at the same
-    time is refused. Closing `undo`, an ExitStack, removes it. Raises AdiosError if it is taken."""
+    """Reserve a folder for a new run by making its log.csv, which only one of several runs started
+    at the same time can. When `undo`, an ExitStack, is closed, it removes that and the folders made
+    here, if empty. Raises AdiosError if the folder has a run's files."""
     fix = "its run ended, is starting or was killed: give --overwrite, --resume or another --out"
     check_folder(out, files_of_run(out), fix)
     made = [path for path in (out, *out.parents) if not path.exists()]
@@ -1293,25 +1297,25 @@ def claim(out, undo):
     undo.callback(lambda: [path.rmdir() for path in made if not any(path.iterdir())])
     try:
         (out / "log.csv").touch(exist_ok=False)
-    except FileExistsError:  # another one was faster
-        undo.pop_all()
+    except FileExistsError:  # another run was faster
         check_folder(out, [out / "log.csv"], fix)
     undo.callback((out / "log.csv").unlink)
 
 
 def write(path, save):
-    """Make a file, completely or not at all: save(file) fills one beside it, which replaces it."""
-    content, part = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Make a file, completely or not at all: what save(file) writes goes to memory, then to a file
+    beside it, which replaces it at once. Raises AdiosError where that fails."""
+    content, unfinished = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.part")
     save(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        with open(unfinished, "wb") as file:
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        unfinished.replace(path)
     except OSError as error:  # a full disk does not say where
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         fix = "make room or name another --out"
         raise AdiosError(f"{path} cannot be written ({error.strerror}): {fix}") from error
 
@@ -1319,9 +1323,9 @@ def write(path, save):
 def save_run(out, game, log, film):
     """Write log.csv and, in checkpoint.pt, all that a run needs to go on. Optimizers' rates and
     options come from the settings."""
-    names = {name: name for row in log for name in row}
-    lines = [",".join(str(row.get(name, "")) for name in names) for row in (names, *log)]
-    write(out / "log.csv", lambda file: file.write("\n".join([*lines, ""]).encode()))
+    names = list(dict.fromkeys(name for entry in log for name in entry))  # in order, once each
+    table = [names, *([str(entry.get(name, "")) for name in names] for entry in log)]
+    write(out / "log.csv", lambda file: file.write("\n".join([*map(",".join, table), ""]).encode()))
     state = {name: getattr(game, name).state_dict() for name in PARTS}
     for part in state.values():
         part.pop("param_groups", None)
@@ -1332,15 +1336,14 @@ def save_run(out, game, log, film):
 
 def draw_run(out, game, data, log, film):
     """Draw curves.png, masks.png and, where masks are learned, film.gif."""
-    images, truth = evenly_spaced(data.test_images), evenly_spaced(data.test_masks)
     save_figure(out / "curves.png", plot_curves, log)
-    save_figure(out / "masks.png", plot_masks, images, predict_masks(game, images, truth))
+    save_figure(out / "masks.png", plot_masks, *shown_masks(game, data))
     if film:
         write(out / "film.gif", lambda file: save_film(film, file))
 
 
 def read_checkpoint(path):
-    """A checkpoint's content; runs no code from it."""
+    """A checkpoint's content; runs no code from it. Raises AdiosError where it cannot be used."""
     require(os.path.exists(path), f"there is no checkpoint {path}: train first, or name another")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -1352,145 +1355,140 @@ def read_checkpoint(path):
 
 
 def restore(game, state, parts=PARTS):
-    """Give parts of the game their states from a checkpoint."""
+    """Give parts of the game their states from a checkpoint; what it lacks, as rates, stays."""
     for name in parts:
-        part, saved = getattr(game, name), state[name]
-        if name.endswith("optimizer"):
-            part.load_state_dict(part.state_dict() | saved)
-            for p, moments in part.state.items():  # fused AdamW needs its weights' memory format
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    moments[moment] = torch.empty_like(p).copy_(moments[moment])
-        elif saved:  # a scaler that is not needed has none
-            part.load_state_dict(saved)
+        part = getattr(game, name)
+        part.load_state_dict(part.state_dict() | state[name])
+    for p, moments in (game.model_optimizer.state | game.occluder_optimizer.state).items():
+        for moment in ("exp_avg", "exp_avg_sq"):  # fused AdamW needs its weights' memory format
+            moments[moment] = torch.empty_like(p).copy_(moments[moment])
 
 
 def check_finite(step, encoder, occluder):
-    """Raise AdiosError if, at a step (its number), a number of a network's is not finite."""
-    name, rate = ("encoder", "--lr") if math.isfinite(occluder) else ("occluder", "--occluder-lr")
-    problem = f"the {name}'s numbers are not finite at step {step}: try a smaller {rate}"
-    require(math.isfinite(encoder + occluder), problem)
+    """Raise AdiosError unless two values, one that depends on the encoder and one on the occluder,
+    are finite at this step. The occluder comes first, since its mistakes reach the encoder."""
+    for name, value, rate in (("occluder", occluder, "occluder-lr"), ("encoder", encoder, "lr")):
+        problem = f"the {name}'s numbers are not finite at step {step}: try a smaller --{rate}"
+        require(math.isfinite(value), problem)
 
 
-def warn(row, change, warned):
-    """Say once each what looks wrong in an epoch's row of the log; `change` is how far masks moved,
-    as the mean of |Δm|, since the last look."""
-    areas = [area for name, area in row.items() if name.startswith("area_")]
-    collapsed, still = row["embedding_spread"] < 0.05, "gain" in row and change < 1e-4
+def warn(entry, change, warned):
+    """Say once each (`warned` remembers) what looks wrong in an epoch's entry of the log; `change`
+    is the mean of |Δm|, 0 to 1, by which masks moved since metrics were last computed."""
+    areas = [area for name, area in entry.items() if name.startswith("area_")]
+    collapsed, still = entry["embedding_spread"] < 0.05, "gain" in entry and change < 1e-4
     full = len(areas) > 1 and max(areas) > 0.98
     empty = len(areas) > 1 and min(areas) < 0.1 / len(areas)
-    alike = row.get("masks_apart", 1) < 0.2 / len(areas)
+    alike = entry.get("masks_apart", 1) < 0.2 / len(areas)
     signs = {
         "the embeddings have collapsed: try a smaller --lr or another --ssl": collapsed,
         "a mask covers nearly everything: try a larger --sparsity": full,
         "a mask covers nearly nothing: try a larger --sparsity or a smaller --num-masks": empty,
         "two masks are alike: try a larger --occluder-lr or a smaller --num-masks": alike,
         "the occluder has stopped moving: try a larger --occluder-lr or another --seed": still}
-    for text, holds in signs.items():
-        if holds and text not in warned:
-            warned.add(text)
-            tqdm.write(f"adios: warning: epoch {row['epoch']}: {text}", file=sys.stderr)
+    for text in [text for text, holds in signs.items() if holds and text not in warned]:
+        warned.add(text)
+        tqdm.write(f"adios: warning: epoch {entry['epoch']}: {text}", file=sys.stderr)
 
 
 def train_epoch(game, data, epoch, bar):
-    """Play an epoch (from 1) and move a tqdm bar on; returns its row of the log: epoch, the means
+    """Play an epoch (from 1) and move a tqdm bar on; returns its entry of the log: epoch, the means
     of what steps report, and images_per_second. Raises AdiosError where numbers are not finite."""
-    size, epochs = game.settings.batch_size, game.settings.epochs
+    per_step, epochs = game.settings.batch_size, game.settings.epochs
     torch.manual_seed(game.settings.seed * 2**20 + epoch)
-    order = torch.randperm(len(data.images)).to(data.images.device).split(size)
-    count = len(data.images) // size
-    if RANK:  # other processes, other crops
+    # [steps, batch size]; images that do not fill a batch sit out.
+    order = torch.randperm(len(data.images)).to(data.images.device).unfold(0, per_step, per_step)
+    if RANK:  # the same order as process 0's, but other crops
         torch.manual_seed(int(torch.randint(2**32, (RANK,))[-1]))
-    start, steps = time.perf_counter(), []  # what each step reports
-    for i, rows in enumerate(order[:count]):
-        images = data.images[rows[RANK::WORLD]].to(game.device)
-        steps.append(game.play(images, (epoch - 1 + i / count) / epochs))
-        bar.update(size)
+    start, reports, count = time.perf_counter(), [], len(order)
+    for i, batch in enumerate(order):
+        images = data.images[batch[RANK::WORLD]].to(game.device)
+        reports.append(game.play(images, (epoch - 1 + i / count) / epochs))
+        bar.update(per_step)
         if i % 10 == 9 or i == count - 1:  # to read numbers is to wait for the device
             for n in range(i - i % 10, i + 1):
-                steps[n] = {name: value.item() for name, value in steps[n].items()}
-                check_finite((epoch - 1) * count + n + 1, steps[n]["loss"], steps[n]["area_1"])
-            values = ", ".join(f"{name} {value:.2f}" for name, value in steps[-1].items())
+                reports[n] = {name: value.item() for name, value in reports[n].items()}
+                check_finite((epoch - 1) * count + n + 1, reports[n]["loss"], reports[n]["area_1"])
+            values = ", ".join(f"{name} {value:.2f}" for name, value in reports[-1].items())
             bar.set_postfix_str(f"epoch {epoch}/{epochs}, {values}")
-    model, occluder = (sum(p.sum() for p in network.parameters()).item()
-                       for network in (game.model, game.occluder))
-    check_finite(epoch * count, model, occluder)  # as the last step leaves them
-    row = {name: torch.tensor([step[name] for step in steps if name in step]).mean().item()
-           for name in {**steps[-1], **steps[0]}}  # the occluder may have learned in a part of them
-    seconds = time.perf_counter() - start
-    return {"epoch": epoch, **row, "images_per_second": count * size / seconds}
+    sums = [sum(map(Tensor.sum, net.parameters())).item() for net in (game.model, game.occluder)]
+    check_finite(epoch * count, *sums)  # the weights after the last step, which no report shows
+    means = {name: torch.tensor([r[name] for r in reports if name in r]).mean().item()
+             for name in reports[-1] | reports[0]}  # the occluder may stop learning on the way
+    speed = order.numel() / (time.perf_counter() - start)
+    return {"epoch": epoch, **means, "images_per_second": speed}
 
 
 def play_epochs(game, data, out, log, film):
     """Play what is left of the run after the epochs in `log` and the frames in `film`, which grow.
-    Process 0 computes metrics, draws and saves on the way."""
-    shown, truth = evenly_spaced(data.test_images), evenly_spaced(data.test_masks)
+    Process 0 computes metrics, draws and saves on the way; the others wait in their next step."""
     epochs, warned = game.settings.epochs, set()
-    size = len(data.images) // game.settings.batch_size * game.settings.batch_size
-    masks = predict_masks(game, shown, truth)
+    count = len(data.images) - len(data.images) % game.settings.batch_size  # images an epoch
+    shown, masks = shown_masks(game, data)
     if game.learned and not log:
         film.append(film_frame(shown[:8], masks[:8], 0))
-    with tqdm(total=epochs * size, initial=len(log) * size, unit="img", disable=RANK > 0) as bar:
+    with tqdm(total=epochs * count, initial=len(log) * count, unit="img", disable=RANK > 0) as bar:
         for epoch in range(len(log) + 1, epochs + 1):
             start = time.perf_counter()
-            row = train_epoch(game, data, epoch, bar)
+            entry = train_epoch(game, data, epoch, bar)
             if RANK:
                 continue
-            log.append(row)
+            log.append(entry)
             if game.learned and (epoch % math.ceil(epochs / 39) == 0 or epoch == epochs):
                 film.append(film_frame(shown[:8], predict_masks(game, shown[:8]), epoch))
-            look = epoch % max(1, min(10, epochs // 4)) == 0 or epoch == epochs
-            if look:
-                row |= compute_metrics(game, data)
-                before, masks = masks, predict_masks(game, shown, truth)
-                warn(row, (masks - before).abs().mean().item(), warned)
-            row["seconds"] = time.perf_counter() - start
+            measure = epoch % max(1, min(10, epochs // 4)) == 0 or epoch == epochs
+            if measure:
+                entry |= compute_metrics(game, data)
+                before, masks = masks, shown_masks(game, data)[1]
+                warn(entry, (masks - before).abs().mean().item(), warned)
+            entry["seconds"] = time.perf_counter() - start
             save_run(out, game, log, film)
-            if look and epoch < epochs:
+            if measure and epoch < epochs:  # `train` draws the last
                 draw_run(out, game, data, log, film)
 
 
 def read_resumed(settings):
-    """The checkpoint that the settings resume. Raises AdiosError if it has others."""
+    """The checkpoint in settings.out. Raises AdiosError if settings that decide numbers changed."""
     state = read_checkpoint(Path(settings.out, "checkpoint.pt"))
     free = ("data_dir", "device", "cuda_graph", "compile", "out", "resume", "overwrite")
-    different = [f"{flag(name)} {was}" for name, was in state["settings"].items()
-           if name not in free and was != getattr(settings, name)]
+    different = [f"{flag(name)} {saved}" for name, saved in state["settings"].items()
+                 if name not in free and saved != getattr(settings, name)]
     different += [f"{state['processes']} processes"] * (state["processes"] != WORLD)
     require(not different, f"--resume: the checkpoint has {', '.join(different)}: give the same")
     return state
 
 
 def train(settings):
-    """Play the whole game; returns what results.json holds (None in all but the first process).
-    Into settings.out go masks.png, film.gif (if masks are learned), curves.png, log.csv and
-    checkpoint.pt, renewed on the way, and results.json and encoder.pt in the end. Raises AdiosError
-    for what a user can fix."""
+    """Play the whole game. Into settings.out go masks.png, film.gif (if masks are learned),
+    curves.png, log.csv and checkpoint.pt, renewed on the way, and in the end encoder.pt and
+    results.json, whose content process 0 returns. Raises AdiosError for what a user can fix."""
     device, out = pick_device(settings.device, settings.compile), Path(settings.out)
-    shared = settings.batch_size % WORLD == 0 and settings.batch_size >= 2 * WORLD
-    require(shared, f"--batch-size: give a multiple of {WORLD}, from {2 * WORLD} up")
+    fits = settings.batch_size % WORLD == 0 and settings.batch_size >= 2 * WORLD
+    require(fits, f"--batch-size: give a multiple of {WORLD}, from {2 * WORLD} up")
     state = read_resumed(settings) if settings.resume else None
-    with contextlib.ExitStack() as undo:
+    with contextlib.ExitStack() as undo:  # takes back what `claim` made, should anything here fail
         if RANK:
-            dist.barrier()  # process 0 downloads, then the others load
+            dist.barrier()  # until process 0 has the data, since only one may download them
         elif state or settings.overwrite:
             check_folder(out)
         else:
             claim(out, undo)
         data = load_data(settings, device)
-        if WORLD > 1 and not RANK:
-            dist.barrier()
+        if WORLD > 1 and RANK == 0:
+            dist.barrier()  # lets the others load the data, too
         torch.manual_seed(settings.seed)
-        statistics = (state["mean"], state["std"]) if state else data.statistics()
-        game = Game(settings, *statistics, device)
-        metrics = compute_metrics(game, data)
+        mean, std = (state["mean"], state["std"]) if state else data.statistics()
+        game = Game(settings, mean, std, device)
+        untrained = compute_metrics(game, data)
         log, film = (state["log"], state["film"]) if state else ([], [])
         if state:
             restore(game, state)
         elif not RANK:
             for path in files_of_run(out):
-                path.unlink() if path.name != "log.csv" else None  # which holds the folder
+                if path.name != "log.csv":  # which reserves the folder
+                    path.unlink()
             save_run(out, game, log, film)
-        undo.pop_all()  # now that there is a checkpoint
+        undo.pop_all()  # now that there is a checkpoint to resume, nothing is taken back
     if not RANK:
         millions = sum(p.numel() for p in game.model.encoder.parameters()) / 1e6
         print(f"{settings.dataset}: {len(data.images):,} images of {settings.image_size} px in "
@@ -1500,10 +1498,10 @@ def train(settings):
     play_epochs(game, data, out, log, film)
     if RANK:
         return None
-    results = {name: log[-1][name] for name in METRICS if name in log[-1]}
-    results |= {f"{name}_untrained": value for name, value in metrics.items()}
-    results |= {"seconds": sum(row["seconds"] for row in log), "settings": asdict(settings),
-                "images_per_second": sum(row["images_per_second"] for row in log) / len(log)}
+    results = {name: log[-1][name] for name in untrained}
+    results |= {f"{name}_untrained": value for name, value in untrained.items()}
+    results |= {"seconds": sum(entry["seconds"] for entry in log), "settings": asdict(settings),
+                "images_per_second": sum(entry["images_per_second"] for entry in log) / len(log)}
     encoder = {name: value.cpu() for name, value in game.model.encoder.state_dict().items()}
     write(out / "encoder.pt", lambda file: torch.save(encoder, file))
     write(out / "results.json", lambda file: file.write(json.dumps(results, indent=2).encode()))
@@ -1517,9 +1515,8 @@ def train(settings):
 
 
 def linear_probe(features, labels, classes):
-    """Logistic regression on standardised features [n, D] with labels int64 [n]; the penalty is
-    1e-4 |W|² beside the mean loss. Returns a function from features [m, D] to probabilities
-    [m, classes]."""
+    """Logistic regression, with 1e-4 |W|² beside the mean loss, on standardised features [n, D] and
+    labels int64 [n]. Returns a function from features [m, D] to probabilities [m, classes]."""
     from sklearn import linear_model, pipeline, preprocessing
 
     regression = linear_model.LogisticRegression(C=1 / (2e-4 * len(labels)), max_iter=1000)
@@ -1527,9 +1524,8 @@ def linear_probe(features, labels, classes):
     probe.fit(features.cpu().numpy(), labels.numpy())
 
     def predict(features):
-        probabilities = torch.zeros(len(features), classes, dtype=torch.float64)
-        known = torch.from_numpy(probe.predict_proba(features.cpu().numpy()))
-        return probabilities.index_copy(1, torch.from_numpy(probe.classes_), known.double())
+        known = torch.from_numpy(probe.predict_proba(features.cpu().numpy())).double()
+        return known.new_zeros(len(known), classes).index_copy(1, labels.unique(), known)
 
     return predict
 
@@ -1537,14 +1533,14 @@ def linear_probe(features, labels, classes):
 def finetune(game, data):
     """Train the encoder and a linear layer on the labelled images, at the settings' lr, epochs and
     batch size. Returns scores [m, C] of the test images."""
-    settings, rows = game.settings, (data.labels >= 0).nonzero()[:, 0]
+    settings, labelled = game.settings, (data.labels >= 0).nonzero()[:, 0]
     layer = nn.Linear(game.model.dim, len(data.classes), device=game.device)
     network = nn.Sequential(game.model.encoder, layer)
-    optimizer, size = make_optimizer(network, settings), min(settings.batch_size, len(rows))
+    optimizer, per_step = make_optimizer(network, settings), min(settings.batch_size, len(labelled))
     for epoch in tqdm(range(settings.epochs), "fine-tuning", leave=False):
-        order = rows[torch.randperm(len(rows))].split(size)[:len(rows) // size]
+        order = labelled[torch.randperm(len(labelled))].unfold(0, per_step, per_step)
         for i, batch in enumerate(order):
-            images, labels = (part[batch].to(game.device) for part in (data.images, data.labels))
+            images, labels = data.images[batch].to(game.device), data.labels[batch].to(game.device)
             with game.autocast():
                 scores = network(game.normalise(augment(images[:, :3], settings)))
             set_rate(optimizer, settings.lr, (epoch + i / len(order)) / settings.epochs)
@@ -1553,8 +1549,8 @@ def finetune(game, data):
 
 
 def cluster_metrics(features, labels, classes, seed):
-    """How well k-means clusters of normalised features [n, D] agree with the labels int64 [n]:
-    normalised mutual information, adjusted Rand index, Fowlkes-Mallows index; 1 is perfect."""
+    """How well k-means clusters of normalised features [n, D] agree with labels int64 [n]: adjusted
+    Rand index, −0.5 to 1, normalised mutual information and Fowlkes-Mallows index, 0 to 1."""
     from sklearn import cluster, metrics
 
     k_means = cluster.KMeans(min(classes, len(labels)), n_init=5, random_state=seed)
@@ -1565,55 +1561,28 @@ def cluster_metrics(features, labels, classes, seed):
 
 
 def colour_iou(images, truth, seed):
-    """What colours alone know of objects: object_iou of uint8 images [n, 3, H, W] with true masks,
-    bool [n, H, W], parted at each image's mean brightness or by k-means of its colours, by name."""
+    """object_iou, by name, that colours alone reach on uint8 images [n, 3, H, W], true masks bool
+    [n, H, W]: with each image split at its mean brightness, or by k-means of its colours."""
     from sklearn.cluster import KMeans
 
     grey, pixels = TF.rgb_to_grayscale(images.float()), images.flatten(2).mT.float().numpy()
-    parts = {"threshold": (grey > grey.mean((2, 3), keepdim=True)).flatten(1).long()}
+    regions = {"threshold": (grey > grey.mean((2, 3), keepdim=True)).flatten(1).long()}  # [n, H·W]
     for k in (2, 3, 4):
-        k_means = KMeans(k, n_init=5, random_state=seed)
-        clusters = [torch.from_numpy(k_means.fit_predict(colours)).long() for colours in pixels]
-        parts[f"{k}_means"] = torch.stack(clusters)
-    return {f"iou_{name}": object_iou(F.one_hot(part).mT.unflatten(2, truth.shape[1:]), truth)
-            for name, part in parts.items()}
+        clusters = [KMeans(k, n_init=5, random_state=seed).fit_predict(image) for image in pixels]
+        regions[f"{k}_means"] = torch.stack([*map(torch.from_numpy, clusters)]).long()
+    return {f"iou_{name}": object_iou(F.one_hot(region).mT.unflatten(2, truth.shape[1:]), truth)
+            for name, region in regions.items()}
 
 
-def paint_pictures(game, folder, paths, out):
-    """Paint masks on twelve pictures in a folder, those of these paths; into out goes masks.png."""
-    require(game.learned, "--evaluate: this checkpoint has no masks to paint on pictures")
-    left_out = find_left_out([folder], flat=True)
-    chosen = [str(paths[n]) for n in evenly_spaced(torch.arange(len(paths)))]
-    images = decode(chosen, game.settings.image_size)
-    print(left_out, end="", file=sys.stderr)
-    save_figure(out / "masks.png", plot_masks, images, predict_masks(game, images))
-    print(f"{folder} has no train/<class>/: masks on its pictures are in {out / 'masks.png'}")
-
-
-def evaluate(settings):
-    """Score the encoder in the checkpoint settings.evaluate, on other data than its own too: the
-    paper's transfer. Into settings.out go evaluation.json, neighbours.png and, unless it is the
-    run's own folder, masks.png. Returns the shares and indices, 0 to 1, that evaluation.json holds;
-    None for a folder of pictures without classes, on which masks are painted and that is all."""
-    device, state = pick_device(settings.device), read_checkpoint(settings.evaluate)
-    out, run, root = Path(settings.out), Path(settings.evaluate).parent, Path(settings.data_dir)
-    ours = out == run or (run in out.parents and not (out / "log.csv").exists())
-    check_folder(out, () if ours or settings.overwrite else files_of_run(out))
-    torch.manual_seed(settings.seed)
-    game = Game(settings, state["mean"], state["std"], device)
-    restore(game, state, ("model", "occluder"))
-    pictures = sorted(filter(is_picture, root.glob("*")))
-    if settings.dataset == "folder" and pictures and not (root / "train").exists():
-        return paint_pictures(game, root, pictures, out)
-    data = load_data(settings, device)
-    rows, classes, labels = (data.labels >= 0).nonzero()[:, 0], len(data.classes), data.test_labels
-    train = extract_features(game, data.images, rows), data.labels[rows]
-    test_features = extract_features(game, data.test_images)
-    probe = linear_probe(*train, classes)
-    results = {"knn_top1": knn_accuracy(*train, test_features, labels)}
+def score(game, data, examples, test_features):
+    """The paper's scores of the encoder and of masks, by name: from 0 to 1, `ari` from −0.5 and
+    `linear_background_gap` from −1. `examples` are features [n, D] and labels int64 [n]."""
+    settings, classes, labels = game.settings, len(data.classes), data.test_labels
+    results = {"knn_top1": knn_accuracy(*examples, test_features, labels)}
     results |= cluster_metrics(test_features, labels, classes, settings.seed)
-    for name, (images, answers) in data.backgrounds.items():
-        results[f"linear_{name}"] = top(probe(extract_features(game, images)), answers)
+    probe = linear_probe(*examples, classes)
+    for name, (images, their_labels) in data.backgrounds.items():
+        results[f"linear_{name}"] = top(probe(extract_features(game, images)), their_labels)
     if {"mixed_same", "mixed_rand"} <= data.backgrounds.keys():
         gap = results["linear_mixed_same"] - results["linear_mixed_rand"]
         results["linear_background_gap"] = gap
@@ -1622,18 +1591,49 @@ def evaluate(settings):
         if game.learned:
             results["iou_masks"] = object_iou(predict_masks(game, images), truth)
         results |= colour_iou(images.cpu(), truth, settings.seed)
-    scores = {"linear": probe(test_features)}
+    predictions = {"linear": probe(test_features)}
     if settings.finetune:  # last, since it changes the encoder
-        scores["finetuned"] = finetune(game, data)
+        predictions["finetuned"] = finetune(game, data)
     for k in (1, 5) if classes > 10 else (1,):
-        results |= {f"{name}_top{k}": top(score, labels, k) for name, score in scores.items()}
+        results |= {f"{name}_top{k}": top(p, labels, k) for name, p in predictions.items()}
+    return results
+
+
+def evaluate(settings):
+    """Score the checkpoint settings.evaluate on its data or, as in the paper's transfer, on others.
+    Into settings.out go evaluation.json, neighbours.png and, unless it is the run's folder,
+    masks.png; returns the scores. Pictures without classes cannot be scored: only masks.png is
+    written, and None returned. Raises AdiosError for what a user can fix."""
+    device, state = pick_device(settings.device), read_checkpoint(settings.evaluate)
+    out, run, root = Path(settings.out), Path(settings.evaluate).parent, Path(settings.data_dir)
+    # Inside the run's folder evaluations replace earlier ones, but no other run's (with a log.csv).
+    replaces = out == run or (run in out.parents and not (out / "log.csv").exists())
+    check_folder(out, () if replaces or settings.overwrite else files_of_run(out))
+    torch.manual_seed(settings.seed)
+    game = Game(settings, state["mean"], state["std"], device)
+    restore(game, state, ("model", "occluder"))
+
+    paths = sorted(filter(is_picture, root.glob("*")))
+    if settings.dataset == "folder" and paths and not (root / "train").exists():
+        require(game.learned, "--evaluate: this checkpoint has no masks to paint on pictures")
+        left_out = find_left_out([root], flat=True)
+        images = decode([str(paths[n]) for n in evenly_spaced(len(paths))], settings.image_size)
+        print(left_out, end="", file=sys.stderr)
+        save_figure(out / "masks.png", plot_masks, images, predict_masks(game, images))
+        print(f"{root} has no train/<class>/: masks on its pictures are in {out / 'masks.png'}")
+        return None
+
+    data = load_data(settings, device)
+    labelled = (data.labels >= 0).nonzero()[:, 0]
+    examples = extract_features(game, data.images, labelled), data.labels[labelled]
+    test_features = extract_features(game, data.test_images)
+    results = score(game, data, examples, test_features)
     content = json.dumps(results | {"settings": asdict(settings)}, indent=2)
     write(out / "evaluation.json", lambda file: file.write(content.encode()))
     print("\n".join(f"{name:24}{value:8.3f}" for name, value in results.items()))
-    save_figure(out / "neighbours.png", plot_neighbours, data, rows, train[0], test_features)
+    save_figure(out / "neighbours.png", plot_neighbours, data, labelled, examples[0], test_features)
     if out != run and game.learned:
-        shown = evenly_spaced(data.test_images)
-        save_figure(out / "masks.png", plot_masks, shown, predict_masks(game, shown))
+        save_figure(out / "masks.png", plot_masks, *shown_masks(game, data))
     print(f"\nevaluation.json and neighbours.png are in {out}")
     return results
 
@@ -1642,22 +1642,20 @@ def evaluate(settings):
 
 
 def bench(settings):
-    """Time steps on random images, in turn with those of plain SimCLR with the same encoder. Prints
-    and returns medians: milliseconds a step, images/s and `simclr_steps`, what a step costs in
-    steps of plain SimCLR."""
+    """Time steps on random images, in turn with plain SimCLR's with the same encoder. Prints and
+    returns medians: ms a step, images/s and `simclr_steps`, what a step costs in plain SimCLR's."""
     device, grey = pick_device(settings.device, settings.compile), torch.full((1, 3, 1, 1), 0.5)
     plain = replace(settings, ssl="simclr", masks="none")
     games = [Game(kind, grey, grey, device) for kind in (settings, plain)]
     channels, size = 3 + settings.masks.startswith("object"), settings.image_size
     images = torch.randint(256, (settings.batch_size, channels, size, size), device=device).byte()
-    steps, times = 1 if device.type == "cpu" else 20, torch.empty(11, 2)
+    repeats, times = 1 if device.type == "cpu" else 20, torch.empty(11, 2)  # seconds a step
     for seconds in tqdm(times, leave=False):
         for n, game in enumerate(games):
             start = time.perf_counter()
-            for _ in range(steps):
-                loss = game.play(images, 0.0)["loss"]
-            loss.item()  # waits for the device
-            seconds[n] = (time.perf_counter() - start) / steps
+            losses = [game.play(images, 0.0)["loss"] for _ in range(repeats)]
+            losses[-1].item()  # waits for the device
+            seconds[n] = (time.perf_counter() - start) / repeats
     times = times[1:]  # the first round warms up
     step, plain_step = times.median(0).values.tolist()
     results = {"simclr_steps": (times[:, 0] / times[:, 1]).median().item(), "step, ms": 1000 * step,
@@ -1686,21 +1684,21 @@ def parse(argv=None):
     settings = Settings(**given)
     if "evaluate" not in given:
         return settings
-    given = {name: getattr(settings, name) for name in given}  # paths in one spelling
     saved, run = read_checkpoint(settings.evaluate)["settings"], Path(settings.evaluate).parent
-    other = [name for name, value in given.items() if value != saved[name]]
-    fixed = [f"{flag(name)} {saved[name]}" for name in other if name in NETWORKS]
+    different = [name for name in given if getattr(settings, name) != saved[name]]
+    fixed = [f"{flag(name)} {saved[name]}" for name in different if name in NETWORKS]
     require(not fixed, f"the checkpoint has {', '.join(fixed)}: leave that out")
-    changed = dict(device="auto", compile=False, resume=False, overwrite=False, out=str(run))
+    # What is given wins over these defaults, and they over what the checkpoint has.
+    defaults = dict(device="auto", compile=False, resume=False, overwrite=False, out=str(run))
     dataset = given.get("dataset", saved["dataset"])
-    if "dataset" in other or (dataset == "folder" and "data_dir" in other):
+    if "dataset" in different or (dataset == "folder" and "data_dir" in different):
         name = Path(settings.data_dir).absolute().name if dataset == "folder" else ""
-        changed |= dict(limit=0, data_dir=settings.data_dir, out=str(run / dataset / name))
-    return Settings(**saved | changed | given)
+        defaults |= dict(limit=0, data_dir=settings.data_dir, out=str(run / dataset / name))
+    return Settings(**saved | defaults | given)
 
 
 def print_results(results):
-    """Print the closing table."""
+    """Print what `train` returns: metrics after and before training, time and folder."""
     print(f"\n{'':28}  trained  untrained")
     for name, title in METRICS.items():
         if name in results:
@@ -1711,7 +1709,7 @@ def print_results(results):
 
 
 def main(argv=None):
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code: 2 after a user's mistake, 130 after Ctrl-C."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # they may be closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
