@@ -793,14 +793,14 @@ INSIDE = {
 
 
 def two_tones(hue, value, step, darkest, *saturations):
-    """One hue at two values (HSV's): `value` and value + step, or − step where + would leave
-    `darkest` to 1. Each has a saturation. RGB, float64 [2, n, 3, 1, 1] from 0 to 255; the arguments
-    are [n], the hue in turns, all else from 0 to 1."""
+    """RGB, int16 [2, n, 3, 1, 1] from 0 to 255: one hue at `value` (HSV's) and at value + step, or
+    − step where + would leave `darkest` to 1, each with a saturation. Hues [n] are in turns, all
+    else [n] from 0 to 1."""
     other = torch.where((value + step < darkest) | (value + step > 1), value - step, value + step)
-    other = other.clamp(darkest - 0.05, 1)  # − step may lead outside, too
+    other = other.clamp(darkest - 0.05, 1)  # − step may leave the range, too
     hsv = (hue % 1, hue % 1), saturations, (value, other)
     hsv = torch.stack([torch.stack(pair) for pair in hsv], 2).numpy()  # [2, n, 3]
-    return 255 * torch.from_numpy(hsv_to_rgb(hsv))[..., None, None]
+    return torch.from_numpy(255 * hsv_to_rgb(hsv)).round().short()[..., None, None]
 
 
 def draw_shapes(count, size, seed):
@@ -844,10 +844,9 @@ def draw_shapes(count, size, seed):
         covered = inside(along(turn[n], x, y), along(turn[n], y, -x))
         coverage.append(F.avg_pool2d(covered.double()[None], 2))
         place = along(stripe_turn[n], pixels, pixels[:, None]) / period[n] + phase[n]
-        objects.append(torch.where(place % 1 < 0.5, *stripes[:, n]).round().byte())
+        objects.append(torch.where(place % 1 < 0.5, *stripes[:, n]).byte())
         lit = along(edge_turn[n], pixels, pixels[:, None]) < edge[n]
-        background = (torch.where(lit, *lights[:, n]) + grain[n]).round().clamp(0, 255)
-        backgrounds.append(background.byte())
+        backgrounds.append((torch.where(lit, *lights[:, n]) + grain[n]).clamp(0, 255).byte())
     return labels, *map(torch.stack, (objects, coverage, backgrounds))
 
 
@@ -945,17 +944,16 @@ def open_files(settings):
     parts of the challenge that are there. A folder has train/<class>/, val/<class>/ and, for these
     parts, <part>/<class>/ or <part>/val/<class>/. Raises AdiosError if it hasn't, if a download
     fails, and if there are less than two classes or not the same in all."""
-    root, (dataset, train, val, _) = Path(settings.data_dir), FILES[settings.dataset]
+    root, (make, train, val, _) = Path(settings.data_dir), FILES[settings.dataset]
     try:
-        splits = {"train": dataset(root, train, download=True),
-                  "val": dataset(root, val, download=True)}
+        splits = {"train": make(root, train, download=True), "val": make(root, val, download=True)}
         classes = splits["train"].classes
         places = {name: place for name in CHALLENGE for place in (f"{name}/val", name)
                   if any((root / place / label).is_dir() for label in classes)}
-        if dataset is Pictures and "mixed_rand" in places:
+        if make is Pictures and "mixed_rand" in places:
             splits |= {name: Pictures(root, place) for name, place in places.items()}
     except (OSError, RuntimeError, ValueError) as error:
-        needed = "a download needs a network" if dataset is not Pictures else (
+        needed = "a download needs a network" if make is not Pictures else (
             "a folder needs train/<class>/ and val/<class>/ with images or, to have masks painted "
             f"on them, images (read are {' '.join(sorted(EXTENSIONS))})")
         raise AdiosError(f"--data-dir {root}: {error}; {needed}") from error
