@@ -512,7 +512,7 @@ FOLDER = STL10 | dict(image_size=64, width=24, occluder_width=8, num_masks=4, sp
                       epochs=20, batch_size=128)
 PRESETS = {"shapes": SHAPES, "stl10": STL10, "cifar10": CIFAR, "cifar100": CIFAR,
            "flowers102": STL10 | dict(batch_size=128), "folder": FOLDER}
-OTHER_LR = {"byol": 2e-3, "simsiam": 2e-3, "vit_tiny": 5e-4}  # on any data set; the last counts
+OTHER_LR = {"byol": 2e-3, "simsiam": 2e-3, "vit_tiny": 5e-4}  # on any data set; vit_tiny's wins
 
 
 class AdiosError(ValueError):
@@ -649,10 +649,9 @@ def make_encoder(settings):
 
 
 # ---- Two views -----------------------------------------------------------------------------------
-# SimCLR's augmentations (arXiv 2002.05709, appendix A) for a whole batch at once. Unlike
-# torchvision's, crops are resized without antialiasing and the jitter has one order. Numbers are
-# drawn on the device of the images, one per image, and no shape depends on them: an image that is
-# left alone gets a factor of 1, a shift of 0 or the smallest blur.
+# SimCLR's augmentations (arXiv 2002.05709, appendix A) for a whole batch at once; but crops are not
+# antialiased, and the jitter's order is fixed. Numbers are drawn on the images' device, and no
+# shape depends on them: a factor of 1, a shift of 0 or the smallest blur leaves an image alone.
 
 
 def uniform(low, high, *shape, device):
@@ -668,7 +667,7 @@ def random_boxes(count, size, min_crop, device):
     ratio = uniform(-math.log(4 / 3), math.log(4 / 3), count, 10, device=device).exp()
     sides = torch.stack((area / ratio, area * ratio), 2).sqrt().round()  # [count, 10 tries, 2]
     fits = ((sides > 0) & (sides <= size)).all(2, keepdim=True)
-    first = fits.int().argmax(1, keepdim=True)  # the first try that fits, or the very first
+    first = fits.int().argmax(1, keepdim=True)  # the first try that fits, or try 0
     sides = torch.where(fits, sides, size).take_along_dim(first, 1)[:, 0]
     corner = torch.rand(count, 2, device=device) * (size - sides + 1)
     return torch.cat((corner.floor(), sides), 1)
@@ -688,13 +687,13 @@ def crop_and_flip(images, boxes, flip):
 
 
 def shift_hue_(images, shift):
-    """Turn the hue of RGB images [B, 3, H, W] by shift [B, 1, 1], −1 to 1 turns, in place. A turn
-    is 6 long, with red at 0, green at 2 and blue at 4. A channel has the pixel's maximum while the
-    hue is at most 1 away from the channel's, and falls by the chroma from there to 2."""
+    """Turn the hue of RGB images [B, 3, H, W] by shift [B, 1, 1], −1 to 1 turns, in place. On a
+    circle of length 6 red is at 0, green at 2 and blue at 4. A channel is highest where the hue is
+    up to 1 away from it, and lower by the chroma (highest − lowest) from a distance of 2 on."""
     red, green, blue = images.unbind(1)
     highest = images.amax(1)  # [B, H, W]
     chroma = highest - images.amin(1)
-    hue = torch.where(highest == red, green - blue, torch.where(  # times chroma
+    hue = torch.where(highest == red, green - blue, torch.where(  # in sixths of a turn × chroma
         highest == green, blue - red + 2 * chroma, red - green + 4 * chroma))
     hue = hue.div_(6 * chroma.clamp_min(1e-12)).add_(2 + shift).frac_().mul_(6)
     away = 3 - (hue - 3).abs_(), (hue - 2).abs_(), (hue - 4).abs_()  # from red, green and blue
@@ -752,9 +751,8 @@ def augment(images, settings):
 
 # ---- Data ----------------------------------------------------------------------------------------
 # Images are one uint8 tensor, on the device when they fit: a batch is an index, and there are no
-# loader processes. `shapes` is drawn, so that true masks are known. Its backgrounds tell the class
-# nine times in ten, the shortcut that hiding should cure. Objects are striped and backgrounds lit
-# on one side, so that colours alone find the objects only in part.
+# loader processes. `shapes` is drawn, so that true masks are known. Its backgrounds are a shortcut
+# to the class that hiding should cure. Two tones of each keep colours alone from finding objects.
 
 
 @dataclass
@@ -793,22 +791,20 @@ INSIDE = {
 
 
 def two_tones(hue, value, step, darkest, *saturations):
-    """RGB, int16 [2, n, 3, 1, 1] from 0 to 255: one hue at `value` (HSV's) and at value + step, or
-    − step where + would leave `darkest` to 1, each with a saturation. Hues [n] are in turns, all
-    else [n] from 0 to 1."""
+    """RGB, int16 [2, n, 3, 1, 1] from 0 to 255: one hue at `value` (of HSV) and at value + step, or
+    − step where + would leave `darkest` to 1, each with its saturation. All but `darkest` are [n],
+    hues in turns, the others in shares of 1."""
     other = torch.where((value + step < darkest) | (value + step > 1), value - step, value + step)
     other = other.clamp(darkest - 0.05, 1)  # − step may leave the range, too
-    hsv = (hue % 1, hue % 1), saturations, (value, other)
-    hsv = torch.stack([torch.stack(pair) for pair in hsv], 2).numpy()  # [2, n, 3]
-    return torch.from_numpy(255 * hsv_to_rgb(hsv)).round().short()[..., None, None]
+    hsv = torch.stack((hue % 1, hue % 1, *saturations, value, other)).view(3, 2, -1).movedim(0, 2)
+    return torch.from_numpy(255 * hsv_to_rgb(hsv.numpy())).round().short()[..., None, None]
 
 
 def draw_shapes(count, size, seed):
     """Labels int64 [n], striped objects uint8 [n, 3, H, W], their coverage of each pixel, float64
-    [n, 1, H, W] in [0, 1], and backgrounds uint8 [n, 3, H, W], lit on one side of a line and shaded
-    on the other. The class is seen in the object's shape, in the hue of its stripes and, nine times
-    in ten, in the hue of the background. All is the same for a seed on every machine: the generator
-    is the CPU's, and float64 is rounded to 8 bits in the end."""
+    [n, 1, H, W] in [0, 1], and backgrounds uint8 [n, 3, H, W], lit on one side of a line. The class
+    gives the shape, the hue of the stripes and, nine times in ten, that of the background. Equal
+    for a seed on every machine: the CPU draws, and float64 is rounded to 8 bits in the end."""
     rng, classes = torch.Generator().manual_seed(seed), len(INSIDE)
 
     def draw(low, high):
@@ -817,7 +813,10 @@ def draw_shapes(count, size, seed):
     def draw_signed(low, high):
         return draw(low, high) * torch.where(draw(0, 1) < 0.5, 1, -1)
 
-    # Two colours of each background and of each object. The order of draws makes the data.
+    def along(angle, x, y):  # the coordinate in the direction of the angle
+        return angle.cos() * x + angle.sin() * y
+
+    # Two colours of each background and each object. A change of order would change all images.
     labels = torch.arange(count) % classes
     hue = torch.where(draw(0, 1) < 0.9, labels, labels + 1 + draw(0, classes - 1).long()) / classes
     saturation = draw(0.3, 0.8)
@@ -833,12 +832,8 @@ def draw_shapes(count, size, seed):
     radius, centre_x, centre_y = draw(0.30, 0.37), draw(0.4, 0.6), draw(0.4, 0.6)
     period, phase, edge = draw(0.16, 0.3), draw(0, 1), draw(-0.15, 0.15)
     points = (torch.arange(2 * size, dtype=torch.float64) + 0.5) / (2 * size)  # 2 × 2 a pixel
-    pixels = (torch.arange(size, dtype=torch.float64) + 0.5) / size - 0.5
+    pixels = (torch.arange(size, dtype=torch.float64) + 0.5) / size - 0.5  # from the middle
     objects, coverage, backgrounds = [], [], []
-
-    def along(angle, x, y):
-        return angle.cos() * x + angle.sin() * y
-
     for n, inside in zip(range(count), itertools.cycle(INSIDE.values())):
         x, y = (points - centre_x[n]) / radius[n], (points[:, None] - centre_y[n]) / radius[n]
         covered = inside(along(turn[n], x, y), along(turn[n], y, -x))
@@ -875,13 +870,12 @@ def load_shapes(settings):
     return Data(images, labels, test_images, test_labels, list(INSIDE), tests, truth)
 
 
-# Those of images that Pillow reads, of which it opens MPO as JPEG.
 EXTENSIONS = {extension for extension, form in Image.registered_extensions().items()
               if form in {*Image.OPEN, "MPO"} and Image.MIME.get(form, "").startswith("image/")}
 
 
 def is_picture(path):
-    """Whether a file is named as an image that Pillow reads; hidden files are not."""
+    """Whether a file is named as an image that Pillow reads (MPO as JPEG); hidden ones are not."""
     return os.path.basename(path)[0] != "." and Path(path).suffix.lower() in EXTENSIONS
 
 
@@ -897,10 +891,9 @@ def read_picture(path):
 
 
 def find_left_out(folders, flat=False):
-    """A line that counts the files in folders, hidden ones aside, which are left out ("" if none
-    are): those not named as images and those elsewhere than right in a class's folder or, if flat,
-    in the folder itself. Raises AdiosError that names what would be lost without a word: folders
-    named as images, and all else that cannot be read (unreadable images are named by `decode`)."""
+    """A line on the files in folders that are left out, or "". It counts those not named as images
+    or not right in a class's folder (flat: in the folder itself), but no hidden ones. Raises
+    AdiosError that names what else would be missed; images that cannot be read `decode` names."""
     paths = [Path(folder, name) for folder in folders
              for name in glob.glob("**", root_dir=folder, recursive=True)]
     unreadable = [str(path) for path in paths
@@ -940,10 +933,9 @@ CHALLENGE = "original mixed_same mixed_rand mixed_next only_fg no_fg only_bg_b o
 
 
 def open_files(settings):
-    """Torchvision's data sets by name, with images unread: "train", "val" and, of a `folder`, the
-    parts of the challenge that are there. A folder has train/<class>/, val/<class>/ and, for these
-    parts, <part>/<class>/ or <part>/val/<class>/. Raises AdiosError if it hasn't, if a download
-    fails, and if there are less than two classes or not the same in all."""
+    """Torchvision's data sets by name, their images unread: "train", "val" and, of a `folder`, what
+    it has of the challenge, in <name>/<class>/ or <name>/val/<class>/. Raises AdiosError if they
+    cannot be opened or have fewer than two classes or not all the same."""
     root, (make, train, val, _) = Path(settings.data_dir), FILES[settings.dataset]
     try:
         splits = {"train": make(root, train, download=True), "val": make(root, val, download=True)}
@@ -965,8 +957,7 @@ def open_files(settings):
 
 
 def load_files(settings):
-    """Data of a `folder` or of what torchvision downloads: all images or, of those to train on, the
-    `limit`, drawn by the seed. Raises AdiosError, also for images that cannot be read."""
+    """Data of what `open_files` opens; `limit` images to train on, chosen by the seed."""
     splits, labels, items = open_files(settings), [], []
     is_folder, labels_name = settings.dataset == "folder", FILES[settings.dataset][-1]
     left_out = find_left_out([split.root for split in splits.values()]) if is_folder else ""
@@ -1011,17 +1002,16 @@ def decode(items, size):
 
 
 def load_data(settings, device):
-    """The data set of the settings, its images on a GPU if they take less than half of the free
-    memory there, or on mps, which shares the host's; labels stay on the host. Raises AdiosError
-    where it cannot be had."""
+    """The data set of the settings, its images on the device unless they take half of a GPU's free
+    memory or more; labels stay on the host. Raises AdiosError where it cannot be had."""
     data = (load_shapes if settings.dataset == "shapes" else load_files)(settings)
-    count, size = len(data.labels), data.images.nbytes + data.test_images.nbytes
+    count, memory = len(data.labels), data.images.nbytes + data.test_images.nbytes
     classes = len(data.labels[data.labels >= 0].unique())
     left = "labelled images of one class" if classes else "no labelled image"
     require(classes > 1, f"--limit {settings.limit} leaves {left}: give more")
     enough = settings.batch_size <= count or settings.evaluate
     require(enough, f"--batch-size {settings.batch_size}: give {count}, all images, or less")
-    if device.type != "cuda" or size < torch.cuda.mem_get_info(device)[0] / 2:
+    if device.type != "cuda" or memory < torch.cuda.mem_get_info(device)[0] / 2:
         data.images, data.test_images = data.images.to(device), data.test_images.to(device)
     return data
 
