@@ -51,7 +51,6 @@ import textwrap
 import time
 import unicodedata
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -525,7 +524,7 @@ FOLDER = STL10 | dict(image_size=64, width=24, occluder_width=8, num_masks=4, sp
                       epochs=20, batch_size=128)
 PRESETS = {"shapes": SHAPES, "stl10": STL10, "cifar10": CIFAR, "cifar100": CIFAR,
            "flowers102": STL10 | dict(batch_size=128), "folder": FOLDER}
-LOWER_LR = {"vit_tiny": 5e-4, "byol": 2e-3, "simsiam": 2e-3}  # instead of the data set's
+OTHER_LR = {"byol": 2e-3, "simsiam": 2e-3, "vit_tiny": 5e-4}  # on any data set; vit_tiny's wins
 
 
 class AdiosError(ValueError):
@@ -561,7 +560,7 @@ class Settings:
     occluder_width: int = option("channels c of the occluder, a multiple of 8", None, 8, 1024)
     epochs: int = option("passes over the training images", None, 1, 10**6)
     batch_size: int = option("images a step, of all processes together", None, 2, 10**6)
-    lr: float = option(f"peak learning rate (other defaults: {LOWER_LR})", None, 1e-9, 10)
+    lr: float = option(f"peak learning rate (other defaults: {OTHER_LR})", None, 1e-9, 10)
     occluder_lr: float = option("peak learning rate of the occluder", None, 0, 10)
     occluder_share: float = option("share of the run in which the occluder learns", 1.0, 1e-3, 1)
     weight_decay: float = option("of both networks, biases and norms excepted", 1e-4, 0, 10)
@@ -583,19 +582,19 @@ class Settings:
     bench: bool = option("time a training step on random images", False)
 
     def __post_init__(self):
-        preset = dict(PRESETS.get(self.dataset, SHAPES))
-        preset["lr"] = LOWER_LR.get(self.encoder, LOWER_LR.get(self.ssl, preset["lr"]))
+        defaults = PRESETS.get(self.dataset, SHAPES) | {
+            "lr": OTHER_LR[name] for name in (self.ssl, self.encoder) if name in OTHER_LR}
         for f in fields(self):
             value, allowed = getattr(self, f.name), f.metadata["allowed"]
-            value = preset.get(f.name) if value is None else value
+            value = defaults.get(f.name) if value is None else value
             value = float(value) if f.type is float and type(value) is int else value
-            good, right = type(value) is f.type, f.type.__name__
+            valid, expected = type(value) is f.type, f.type.__name__
             if allowed and f.type is str:
-                good, right = value in allowed, "one of " + ", ".join(allowed)
+                valid, expected = value in allowed, "one of " + ", ".join(allowed)
             elif allowed:
-                good = good and allowed[0] <= value <= allowed[1]
-                right += f" from {allowed[0]} to {allowed[1]}"
-            require(good, f"{flag(f.name)} {value}: give {right}")
+                valid = valid and allowed[0] <= value <= allowed[1]
+                expected += f" from {allowed[0]} to {allowed[1]}"
+            require(valid, f"{flag(f.name)} {value}: give {expected}")
             if value and f.name in ("data_dir", "out", "evaluate"):  # a path, in one spelling
                 value = os.path.normpath(os.path.expanduser(value))
             setattr(self, f.name, value)
@@ -629,16 +628,14 @@ class ResNet18(nn.Module):
         self.conv1 = nn.Conv2d(3, width, *((3, 1, 1) if small_stem else (7, 2, 3)), bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
-        c_in = width
-        for stage, c_out in enumerate((width, 2 * width, 4 * width, 8 * width), 1):
+        channels = width, width, 2 * width, 4 * width, 8 * width
+        for stage, (c_in, c_out) in enumerate(itertools.pairwise(channels), 1):
             shortcut = None if stage == 1 else nn.Sequential(
                 nn.Conv2d(c_in, c_out, 1, 2, bias=False), nn.BatchNorm2d(c_out))
             first = BasicBlock(c_in, c_out, 2 if shortcut else 1, shortcut)
             self.add_module(f"layer{stage}", nn.Sequential(first, BasicBlock(c_out, c_out)))
-            c_in = c_out
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for kernel in (p for p in self.parameters() if p.ndim == 4):
+            nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
         x = self.maxpool(self.bn1(self.conv1(x))).relu_()  # in this order ReLU has less to do
@@ -656,7 +653,7 @@ def make_encoder(settings):
             encoder.conv1, encoder.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
         encoder.fc = nn.Identity()
         return encoder, 2048
-    patch = max(p for p in range(1, 17) if size % p == 0 and size // p >= 8)
+    patch = max(p for p in range(1, 17) if size % p == 0 and size // p >= 8)  # 64 patches or more
     require(patch >= 3, f"--image-size {size}: for vit_tiny give a multiple of 8")
     encoder = torchvision.models.VisionTransformer(size, patch, 12, 3, 192, 4 * 192)
     encoder.heads = nn.Identity()
@@ -664,9 +661,9 @@ def make_encoder(settings):
 
 
 # ---- Two views -----------------------------------------------------------------------------------
-# SimCLR's augmentations (arXiv 2002.05709, appendix A) in torchvision's distributions, for a whole
-# batch at once. Numbers are drawn on the device of the images, one per image, and no shape depends
-# on them: an image that is left alone gets a factor of 1, a shift of 0 or the smallest blur.
+# SimCLR's augmentations (arXiv 2002.05709, appendix A) for a whole batch at once; but crops are not
+# antialiased, and the jitter's order is fixed. Numbers are drawn on the images' device, and no
+# shape depends on them: a factor of 1, a shift of 0 or the smallest blur leaves an image alone.
 
 
 def uniform(low, high, *shape, device):
@@ -682,7 +679,8 @@ def random_boxes(count, size, min_crop, device):
     ratio = uniform(-math.log(4 / 3), math.log(4 / 3), count, 10, device=device).exp()
     sides = torch.stack((area / ratio, area * ratio), 2).sqrt().round()  # [count, 10 tries, 2]
     fits = ((sides > 0) & (sides <= size)).all(2, keepdim=True)
-    sides = torch.where(fits, sides, size).take_along_dim(fits.int().argmax(1, True), 1)[:, 0]
+    first = fits.int().argmax(1, keepdim=True)  # the first try that fits, or try 0
+    sides = torch.where(fits, sides, size).take_along_dim(first, 1)[:, 0]
     corner = torch.rand(count, 2, device=device) * (size - sides + 1)
     return torch.cat((corner.floor(), sides), 1)
 
@@ -691,28 +689,28 @@ def crop_and_flip(images, boxes, flip):
     """Boxes [B, 4] of images [B, C, H, H], resized bilinearly to H × H, mirrored where flip [B]:
     one sampling grid, which does not look beyond the box."""
     size = images.shape[-1]
-    top, left, height, width = boxes[:, :, None].unbind(1)  # [B, 1] each
+    start, sides = boxes[:, :, None].split(2, 1)  # [B, 2, 1] each, of y and x
     centres = (torch.arange(size, device=images.device) + 0.5) / size
-    rows = (top + height * centres).clamp(top + 0.5, top + height - 0.5)  # [B, H]
-    columns = (left + width * centres).clamp(left + 0.5, left + width - 0.5)
-    columns = torch.where(flip[:, None], columns.flip(1), columns)
-    x, y = 2 * columns / size - 1, 2 * rows / size - 1  # from −1 to 1
+    points = (start + sides * centres).clamp(start + 0.5, start + sides - 0.5)  # [B, 2, H], pixels
+    y, x = (2 * points / size - 1).unbind(1)  # from −1 to 1
+    x = torch.where(flip[:, None], x.flip(1), x)
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), 3)
     return F.grid_sample(images, grid, align_corners=False)
 
 
 def shift_hue_(images, shift):
-    """Turn the hue of RGB images [B, 3, H, W] by shift [B, 1, 1], −1 to 1 turns, by HSV, in place.
-    A channel is value − chroma · clamp(its wave, 0, 1), a wave a zigzag of the hue from 0 to 6."""
+    """Turn the hue of RGB images [B, 3, H, W] by shift [B, 1, 1], −1 to 1 turns, in place. On a
+    circle of length 6 red is at 0, green at 2 and blue at 4. A channel is highest where the hue is
+    up to 1 away from it, and lower by the chroma (highest − lowest) from a distance of 2 on."""
     red, green, blue = images.unbind(1)
-    value = images.amax(1)  # [B, H, W]
-    chroma = value - images.amin(1)
-    hue = torch.where(value == red, green - blue, torch.where(  # in sixths of a turn × chroma
-        value == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)))
-    hue = hue.div_(chroma.clamp_min(1e-12).mul_(6)).add_(2 + shift).frac_().mul_(6)
-    waves = (hue - 3).abs_().neg_().add_(2), (hue - 2).abs_().sub_(1), (hue - 4).abs_().sub_(1)
-    for channel, wave in zip(images.unbind(1), waves):
-        torch.addcmul(value, chroma, wave.clamp_(0, 1), value=-1, out=channel)
+    highest = images.amax(1)  # [B, H, W]
+    chroma = highest - images.amin(1)
+    hue = torch.where(highest == red, green - blue, torch.where(  # in sixths of a turn × chroma
+        highest == green, blue - red + 2 * chroma, red - green + 4 * chroma))
+    hue = hue.div_(6 * chroma.clamp_min(1e-12)).add_(2 + shift).frac_().mul_(6)
+    away = 3 - (hue - 3).abs_(), (hue - 2).abs_(), (hue - 4).abs_()  # from red, green and blue
+    for channel, distance in zip((red, green, blue), away):
+        torch.addcmul(highest, chroma, (distance - 1).clamp_(0, 1), value=-1, out=channel)
 
 
 def colour_jitter_(images, factors):
@@ -731,9 +729,8 @@ def gaussian_blur(images, sigma):
     batch, channels, size, _ = images.shape
     radius = size // 20
     taps = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = torch.softmax(-0.5 * (taps / sigma[:, None])**2, 1)  # [B, taps]
-    kernel = F.threshold(kernel, 1e-7, 0)  # CPUs are slow at products with still smaller numbers
-    kernel = kernel.repeat_interleave(channels, 0)[:, None]
+    kernel = torch.softmax(-0.5 * (taps / sigma[:, None])**2, 1).repeat_interleave(channels, 0)
+    kernel = F.threshold(kernel, 1e-7, 0)[:, None]  # CPUs are slow at products with less than that
     images = F.pad(images, (radius,) * 4, mode="reflect").flatten(0, 1)[None]  # [1, B·C, H', W']
     for weight in (kernel[:, :, None, :], kernel[:, :, :, None]):
         images = F.conv2d(images, weight, groups=batch * channels)
@@ -766,9 +763,8 @@ def augment(images, settings):
 
 # ---- Data ----------------------------------------------------------------------------------------
 # Images are one uint8 tensor, on the device when they fit: a batch is an index, and there are no
-# loader processes. `shapes` is drawn, so that true masks are known. Its backgrounds tell the class
-# nine times in ten, the shortcut that hiding should cure. Objects are striped and backgrounds lit
-# on one side, so that colours alone find the objects only in part.
+# loader processes. `shapes` is drawn, so that true masks are known. Its backgrounds are a shortcut
+# to the class that hiding should cure. Two tones of each keep colours alone from finding objects.
 
 
 @dataclass
@@ -807,61 +803,57 @@ INSIDE = {
 
 
 def two_tones(hue, value, step, darkest, *saturations):
-    """One hue twice, at `value` and at value + step (− step where that would leave `darkest` to 1),
-    with a saturation each: RGB, float64 [2, n, 3, 1, 1] from 0 to 255. The arguments are in turns
-    and shares, [n] each."""
-    outside = (value + step < darkest) | (value + step > 1)
-    other = (value + torch.where(outside, -step, step)).clamp(darkest - 0.05, 1)
-    hsv = [torch.stack((hue % 1, saturation, value), 1).numpy()
-           for saturation, value in zip(saturations, (value, other))]
-    return 255 * torch.from_numpy(hsv_to_rgb(hsv))[..., None, None]
+    """RGB, int16 [2, n, 3, 1, 1] from 0 to 255: one hue at `value` (of HSV) and at value + step, or
+    − step where + would leave `darkest` to 1, each with its saturation. All but `darkest` are [n],
+    hues in turns, the others in shares of 1."""
+    other = torch.where((value + step < darkest) | (value + step > 1), value - step, value + step)
+    other = other.clamp(darkest - 0.05, 1)  # − step may leave the range, too
+    hsv = torch.stack((hue % 1, hue % 1, *saturations, value, other)).view(3, 2, -1).movedim(0, 2)
+    return torch.from_numpy(255 * hsv_to_rgb(hsv.numpy())).round().short()[..., None, None]
 
 
 def draw_shapes(count, size, seed):
     """Labels int64 [n], striped objects uint8 [n, 3, H, W], their coverage of each pixel, float64
-    [n, 1, H, W] in [0, 1], and backgrounds uint8 [n, 3, H, W], lit on one side of a line and shaded
-    on the other. The same for a seed on every machine: the generator is the CPU's, and float64 is
-    rounded to 8 bits in the end."""
+    [n, 1, H, W] in [0, 1], and backgrounds uint8 [n, 3, H, W], lit on one side of a line. The class
+    gives the shape, the hue of the stripes and, nine times in ten, that of the background. Equal
+    for a seed on every machine: the CPU draws, and float64 is rounded to 8 bits in the end."""
     rng, classes = torch.Generator().manual_seed(seed), len(INSIDE)
 
     def draw(low, high):
         return low + (high - low) * torch.rand(count, generator=rng, dtype=torch.float64)
 
-    def either(low, high):  # of either sign
+    def draw_signed(low, high):
         return draw(low, high) * torch.where(draw(0, 1) < 0.5, 1, -1)
 
-    # The colours. A background has its class's hue nine times in ten, else another class's.
+    def along(angle, x, y):  # the coordinate in the direction of the angle
+        return angle.cos() * x + angle.sin() * y
+
+    # Two colours of each background and each object. A change of order would change all images.
     labels = torch.arange(count) % classes
     hue = torch.where(draw(0, 1) < 0.9, labels, labels + 1 + draw(0, classes - 1).long()) / classes
     saturation = draw(0.3, 0.8)
-    shades = two_tones(hue + draw(-0.02, 0.02), draw(0.35, 0.95), either(0.2, 0.45), 0.25,
-                        saturation, saturation + draw(-0.2, 0.2))
+    lights = two_tones(hue + draw(-0.02, 0.02), draw(0.35, 0.95), draw_signed(0.2, 0.45), 0.25,
+                       saturation, saturation + draw(-0.2, 0.2))
     grain = torch.randint(-10, 11, (count, 1, size, size), generator=rng)
     noise, saturation = torch.randn(count, generator=rng, dtype=torch.float64), draw(0.4, 1)
     stripes = two_tones((3 * labels + 5) / classes + 0.03 * noise, draw(0.35, 0.95),
-                        either(0.25, 0.5), 0.2, saturation, saturation)
+                        draw_signed(0.25, 0.5), 0.2, saturation, saturation)
 
-    # The shapes. Lengths are in units of the image's side.
-    turn, stripe_turn, edge_turn = (draw(0, 2 * math.pi) for _ in range(3))
+    # Where they are. Lengths are in units of the image's side.
+    turn, stripe_turn, edge_turn = draw(0, math.tau), draw(0, math.tau), draw(0, math.tau)
     radius, centre_x, centre_y = draw(0.30, 0.37), draw(0.4, 0.6), draw(0.4, 0.6)
     period, phase, edge = draw(0.16, 0.3), draw(0, 1), draw(-0.15, 0.15)
     points = (torch.arange(2 * size, dtype=torch.float64) + 0.5) / (2 * size)  # 2 × 2 a pixel
-    pixels = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    pixels = (torch.arange(size, dtype=torch.float64) + 0.5) / size - 0.5  # from the middle
     objects, coverage, backgrounds = [], [], []
-
-    def along(angle, x, y):
-        return angle.cos() * x + angle.sin() * y
-
     for n, inside in zip(range(count), itertools.cycle(INSIDE.values())):
         x, y = (points - centre_x[n]) / radius[n], (points[:, None] - centre_y[n]) / radius[n]
-        hit = inside(along(turn[n], x, y), along(turn[n], y, -x))
-        coverage.append(F.avg_pool2d(hit.double()[None], 2))
-        x, y = pixels - 0.5, pixels[:, None] - 0.5
-        light = (along(stripe_turn[n], x, y) / period[n] + phase[n]) % 1 < 0.5
-        objects.append(torch.where(light, *stripes[:, n]).round().byte())
-        light = along(edge_turn[n], x, y) < edge[n]
-        background = torch.where(light, *shades[:, n]) + grain[n]
-        backgrounds.append(background.round().clamp(0, 255).byte())
+        covered = inside(along(turn[n], x, y), along(turn[n], y, -x))
+        coverage.append(F.avg_pool2d(covered.double()[None], 2))
+        place = along(stripe_turn[n], pixels, pixels[:, None]) / period[n] + phase[n]
+        objects.append(torch.where(place % 1 < 0.5, *stripes[:, n]).byte())
+        lit = along(edge_turn[n], pixels, pixels[:, None]) < edge[n]
+        backgrounds.append((torch.where(lit, *lights[:, n]) + grain[n]).clamp(0, 255).byte())
     return labels, *map(torch.stack, (objects, coverage, backgrounds))
 
 
@@ -880,21 +872,22 @@ def load_shapes(settings):
         images = torch.cat((images, 255 * (coverage >= 0.5).byte()), 1)
     test_labels, objects, coverage, background = draw_shapes(1000, size, seed + 1)
     shuffled = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
-    backgrounds = {  # labels cycle
+    backgrounds = {  # labels cycle: the next of a class is ten images on
         "original": background, "mixed_same": background.roll(len(INSIDE), 0),
         "mixed_rand": background[shuffled], "only_fg": torch.zeros_like(background)}
     tests = {name: (compose(objects, coverage, behind), test_labels)
              for name, behind in backgrounds.items()}
     tests["only_bg_t"] = background, test_labels
-    return Data(images, labels, *tests["original"], list(INSIDE), tests, coverage[:, 0] >= 0.5)
+    test_images, truth = tests["original"][0], coverage[:, 0] >= 0.5
+    return Data(images, labels, test_images, test_labels, list(INSIDE), tests, truth)
 
 
-EXTENSIONS = {extension for extension, kind in Image.registered_extensions().items()
-              if kind in {*Image.OPEN, "MPO"} and Image.MIME.get(kind, "").startswith("image/")}
+EXTENSIONS = {extension for extension, form in Image.registered_extensions().items()
+              if form in {*Image.OPEN, "MPO"} and Image.MIME.get(form, "").startswith("image/")}
 
 
 def is_picture(path):
-    """Whether a file is named as an image that Pillow reads; hidden files are not."""
+    """Whether a file is named as an image that Pillow reads (MPO as JPEG); hidden ones are not."""
     return os.path.basename(path)[0] != "." and Path(path).suffix.lower() in EXTENSIONS
 
 
@@ -910,30 +903,28 @@ def read_picture(path):
 
 
 def find_left_out(folders, flat=False):
-    """A line on the files in folders that are not read, hidden ones aside: not named as images or
-    not in place, which is in a folder of a class or, if it should be flat, in none. Raises
-    AdiosError that names what else would be missing unseen."""
+    """A line on the files in folders that are left out, or "". It counts those not named as images
+    or not right in a class's folder (flat: in the folder itself), but no hidden ones. Raises
+    AdiosError that names what else would be missed; images that cannot be read `decode` names."""
     paths = [Path(folder, name) for folder in folders
              for name in glob.glob("**", root_dir=folder, recursive=True)]
     unreadable = [str(path) for path in paths
-            if (path.is_dir() if is_picture(path) else not os.access(path, os.R_OK))]
+                  if (path.is_dir() if is_picture(path) else not os.access(path, os.R_OK))]
     require(not unreadable, "links to nothing, or folders that cannot be entered or are named as "
                             f"images, mend or remove them: {', '.join(unreadable)}")
-    kinds = Counter(path.suffix.lower() or "no extension" for path in paths if not path.is_dir() and
-                    (not is_picture(path) or (path.parent in map(Path, folders)) != flat))
-    counts = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-    count = f"{kinds.total()} file{'s' * (kinds.total() > 1)}"
-    what = f"adios: left out {count} that are not named as images or not in place: {counts}\n"
-    return what if kinds and not RANK else ""
+    endings = [path.suffix.lower() or "no extension" for path in paths if not path.is_dir()
+               and not (is_picture(path) and (path.parent in folders) == flat)]
+    counts = ", ".join(f"{ending} {endings.count(ending)}" for ending in sorted({*endings}))
+    line = f"adios: left out files not named as images or not in place, {len(endings)}: {counts}\n"
+    return line if endings and not RANK else ""
 
 
 class Pictures(datasets.ImageFolder):
     """A folder of classes, without hidden folders and files, made as torchvision's other sets."""
 
     def __init__(self, root, split, download=True):
-        hidden = os.sep + "."  # also of a folder in a class's
         super().__init__(root / split, loader=read_picture, is_valid_file=lambda path: (
-            is_picture(path) and hidden not in path.removeprefix(str(root))))
+            is_picture(path) and f"{os.sep}." not in path.removeprefix(str(root))))
 
     def find_classes(self, directory):
         names = {folder: unicodedata.normalize("NFC", folder)  # ü may be spelt as u and ¨, too
@@ -953,48 +944,56 @@ FILES = {  # data sets: class, training images, test images, and the class's nam
 CHALLENGE = "original mixed_same mixed_rand mixed_next only_fg no_fg only_bg_b only_bg_t".split()
 
 
-def load_files(settings):
-    """Data of what torchvision downloads, or of a `folder`: train/<class>/ and val/<class>/ and, if
-    these are there, <part of the challenge>/<class>/ (or …/val/<class>/)."""
-    root, (kind, train, val, labels_name) = Path(settings.data_dir), FILES[settings.dataset]
+def open_files(settings):
+    """Torchvision's data sets by name, their images unread: "train", "val" and, of a `folder`, what
+    it has of the challenge, in <name>/<class>/ or <name>/val/<class>/. Raises AdiosError if they
+    cannot be opened or have fewer than two classes or not all the same."""
+    root, (make, train, val, _) = Path(settings.data_dir), FILES[settings.dataset]
     try:
-        splits = {"train": kind(root, train, download=True), "val": kind(root, val, download=True)}
+        splits = {"train": make(root, train, download=True), "val": make(root, val, download=True)}
         classes = splits["train"].classes
-        places = {part: place for part in CHALLENGE for place in (f"{part}/val", part)
+        places = {name: place for name in CHALLENGE for place in (f"{name}/val", name)
                   if any((root / place / label).is_dir() for label in classes)}
-        if kind is Pictures and "mixed_rand" in places:
-            splits |= {part: Pictures(root, place) for part, place in places.items()}
+        if make is Pictures and "mixed_rand" in places:
+            splits |= {name: Pictures(root, place) for name, place in places.items()}
     except (OSError, RuntimeError, ValueError) as error:
-        fix = ("a download needs a network, a folder train/<class>/ and val/<class>/ with images "
-               "or, to have masks painted on them, images")
-        kinds = f" (read are {' '.join(sorted(EXTENSIONS))})" * (kind is Pictures)
-        raise AdiosError(f"--data-dir {root}: {error}; {fix}{kinds}") from error
+        needed = "a download needs a network" if make is not Pictures else (
+            "a folder needs train/<class>/ and val/<class>/ with images or, to have masks painted "
+            f"on them, images (read are {' '.join(sorted(EXTENSIONS))})")
+        raise AdiosError(f"--data-dir {root}: {error}; {needed}") from error
     require(len(classes) > 1, f"--data-dir {root}: there must be two classes or more")
-    left_out = find_left_out([data.root for data in splits.values()]) if kind is Pictures else None
-    labels, items = [], []
-    for split, data in splits.items():
-        others = ", ".join(sorted(set(data.classes) ^ set(classes)))
-        require(not others, f"--data-dir {root}: train and {split} have other classes: {others}")
-        count = settings.limit if split == "train" and settings.limit else len(data)
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(settings.seed))
-        rows = order[:count].sort().values
-        labels.append(torch.as_tensor(getattr(data, labels_name))[rows].long())
-        items += [data.samples[n][0] if kind is Pictures else (data, n) for n in rows.tolist()]
-    arrays = [torch.from_numpy(data.data) for data in splits.values() if hasattr(data, "data")]
+    for name, split in splits.items():
+        others = ", ".join(sorted({*split.classes} ^ {*classes}))
+        require(not others, f"--data-dir {root}: train and {name} have other classes: {others}")
+    return splits
+
+
+def load_files(settings):
+    """Data of what `open_files` opens; `limit` images to train on, chosen by the seed."""
+    splits, labels, items = open_files(settings), [], []
+    is_folder, labels_name = settings.dataset == "folder", FILES[settings.dataset][-1]
+    left_out = find_left_out([split.root for split in splits.values()]) if is_folder else ""
+    for name, split in splits.items():
+        count = settings.limit if name == "train" and settings.limit else len(split)
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(settings.seed))
+        chosen = order[:count].sort().values
+        labels.append(torch.as_tensor(getattr(split, labels_name))[chosen].long())
+        items += [split.samples[n][0] if is_folder else (split, n) for n in chosen.tolist()]
+    arrays = [torch.from_numpy(split.data) for split in splits.values() if hasattr(split, "data")]
     if arrays and settings.image_size == arrays[0].shape[2] and not settings.limit:
         # As they are in memory: STL10 has 3 GB. Its arrays are [n, 3, H, W], CIFAR's [n, H, W, 3].
         images = [array if array.shape[1] == 3 else array.permute(0, 3, 1, 2) for array in arrays]
     else:
-        images = decode(items, settings.image_size).split([len(part) for part in labels])
+        images = decode(items, settings.image_size).split([len(each) for each in labels])
     print(left_out, end="", file=sys.stderr)
-    parts = dict(zip(splits, zip(images, labels)))
-    return Data(*parts.pop("train"), *parts.pop("val"), classes, parts)
+    sets = dict(zip(splits, zip(images, labels)))
+    return Data(*sets.pop("train"), *sets.pop("val"), splits["train"].classes, sets)
 
 
 def decode(items, size):
-    """The images of items, a path or a data set and a row each, as uint8 [n, 3, size, size]: short
-    side resized to `size`, centre-cropped, by threads (Pillow works outside Python's lock). Raises
-    AdiosError that names those that cannot be read."""
+    """The images of items, each a path or a data set and a number in it, uint8 [n, 3, size, size]:
+    the short side resized to `size`, then centre-cropped, by threads (Pillow works outside Python's
+    lock). Raises AdiosError that names those that cannot be read."""
     images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
 
     def fill(n):
@@ -1015,17 +1014,16 @@ def decode(items, size):
 
 
 def load_data(settings, device):
-    """The data set of the settings, its images on a GPU if they take less than half of the free
-    memory there, or on mps, which shares the host's; labels stay on the host. Raises AdiosError
-    where it cannot be had."""
+    """The data set of the settings, its images on the device unless they take half of a GPU's free
+    memory or more; labels stay on the host. Raises AdiosError where it cannot be had."""
     data = (load_shapes if settings.dataset == "shapes" else load_files)(settings)
-    count, size = len(data.labels), data.images.nbytes + data.test_images.nbytes
+    count, memory = len(data.labels), data.images.nbytes + data.test_images.nbytes
     classes = len(data.labels[data.labels >= 0].unique())
     left = "labelled images of one class" if classes else "no labelled image"
     require(classes > 1, f"--limit {settings.limit} leaves {left}: give more")
     enough = settings.batch_size <= count or settings.evaluate
     require(enough, f"--batch-size {settings.batch_size}: give {count}, all images, or less")
-    if device.type != "cuda" or size < torch.cuda.mem_get_info(device)[0] / 2:
+    if device.type != "cuda" or memory < torch.cuda.mem_get_info(device)[0] / 2:
         data.images, data.test_images = data.images.to(device), data.test_images.to(device)
     return data
 
