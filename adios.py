@@ -520,8 +520,8 @@ SHAPES = dict(image_size=32, width=16, small_stem=False, occluder_width=8, num_m
 CIFAR = dict(image_size=32, width=64, small_stem=True, occluder_width=32, num_masks=4, lr=2e-3,
              occluder_lr=1e-3, sparsity=0.1, epochs=100, batch_size=256, min_crop=0.08, blur=0.0)
 STL10 = CIFAR | dict(image_size=96, small_stem=False, num_masks=6, blur=0.5)
-FOLDER = STL10 | dict(image_size=64, width=24, occluder_width=8, num_masks=4, sparsity=0.5,
-                      epochs=20, batch_size=128)
+FOLDER = STL10 | dict(image_size=64, width=24, occluder_width=8, num_masks=4, epochs=20,
+                      batch_size=128)
 PRESETS = {"shapes": SHAPES, "stl10": STL10, "cifar10": CIFAR, "cifar100": CIFAR,
            "flowers102": STL10 | dict(batch_size=128), "folder": FOLDER}
 OTHER_LR = {"byol": 2e-3, "simsiam": 2e-3, "vit_tiny": 5e-4}  # on any data set; vit_tiny's wins
@@ -564,7 +564,7 @@ class Settings:
     occluder_lr: float = option("peak learning rate of the occluder", None, 0, 10)
     occluder_share: float = option("share of the run in which the occluder learns", 1.0, 1e-3, 1)
     weight_decay: float = option("of both networks, biases and norms excepted", 1e-4, 0, 10)
-    sparsity: float = option("λ, weight of the sparsity penalty", None, 0, 1000)
+    sparsity: float = option("λ (the authors' α is λ / N with adios-s)", None, 0, 1000)
     temperature: float = option("of NT-Xent", 0.2, 1e-3, 1000)
     min_crop: float = option("smallest share of an image that a crop covers", None, 1e-3, 1)
     jitter: float = option("colours change by ± 0.8 times this, hue by ± 0.2", 0.5, 0, 1.25)
