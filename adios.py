@@ -30,8 +30,8 @@ of ADIOS-s, which uses one of the N masks per image (ADIOS takes the mean of L o
     python adios.py --dataset stl10                        # the real thing, on a GPU
     python adios.py --evaluate runs/…/checkpoint.pt        # --help lists all settings
 
-Part one is the paper: occluder, objectives, masking schemes and the game. Part two is what it takes
-to play, from optimizers and settings to training, evaluation and the command line.
+Part one is the paper: occluder, objectives, masking schemes and the game. Part two is all else that
+it takes to play.
 """
 
 import sys
@@ -66,7 +66,6 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch import distributed as dist
-from torchvision import datasets
 from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -142,7 +141,6 @@ def sparsity_penalty(masks):
 
 class Embedding(NamedTuple):
     """A view as the loss sees it, [B, D] each."""
-
     prediction: Tensor  # of the other view's target; for SimCLR, which has no predictor, projection
     target: Tensor      # the projection, for BYOL the target network's; SimCLR does not use it
 
@@ -219,8 +217,7 @@ def pick_one(masks):
     return masks.take_along_dim(index, 1)
 
 
-# A view, the occluder's masks (None without one) and the true object's (without channels where it
-# is not known) to what is hidden.
+# From a view, the occluder's masks (or None) and the object's [B, 1, H, H] ([B, 0, H, H]: none).
 SCHEMES = {
     "none": lambda view, masks, truth: torch.zeros_like(view[:, :1]),
     "mae": lambda view, masks, truth: hide_patches(view),
@@ -237,8 +234,7 @@ LEARNED = ("adios", "adios-s")  # the schemes that need an occluder
 
 class Game:
     """The two players, `model` (encoder and heads) and `occluder`, and a step of their game. What
-    it calls to make views and encoders, to set rates and to run on GPUs or in several processes
-    (`gather` joins their embeddings) is in part two."""
+    it calls is in part two where it is not above; `gather` joins the rows of several processes."""
 
     def step(self, images, occluder_learns):
         """Both moves on uint8 images [B, C, H, H], true masks beyond channel three. Returns by name
@@ -252,7 +248,6 @@ class Game:
             masks = [self.paint(view) for view in to_mask]                    # [B, N, H, H] each
             hidden = [scheme(*args) for args in zip(to_mask, masks, truths)]  # [B, K, H, H] each
         unmasked = [self.embed(view) for view in whole]
-        report = {}
 
         if occluder_learns and self.settings.updates == "simultaneous":
             # Both moves by one backward pass. Gradient reversal: the value is the mask's, its
@@ -261,23 +256,22 @@ class Game:
             penalty = self.penalty(masks)
             self.minimise(loss + penalty, self.model_optimizer, self.occluder_optimizer)
             self.model.update_target_network(self.target_rate)
-            report["gain"] = (loss - penalty).detach()
+            gain = loss - penalty
         else:
             # The encoder's move: down on the loss. `detach` makes the masks constants.
             loss = self.loss(unmasked, to_mask, [mask.detach() for mask in hidden])
             self.minimise(loss, self.model_optimizer)
             self.model.update_target_network(self.target_rate)
 
-            # The occluder's move: up on the same loss less its penalty, hence the sign. The
-            # gradient reaches its masks through an encoder that is held still. The masked views
-            # are encoded anew, the unmasked ones are as before the encoder's move.
+            # The occluder's move: up on the same loss less its penalty, hence the sign, through an
+            # encoder that is held still. Only the masked views are encoded anew.
             if occluder_learns:
                 unmasked = [Embedding(*map(Tensor.detach, z)) for z in unmasked]
                 with frozen(self.model):
                     gain = self.loss(unmasked, to_mask, hidden) - self.penalty(masks)
                 self.minimise(-gain, self.occluder_optimizer)
-                report["gain"] = gain.detach()
 
+        report = {"gain": gain.detach()} if occluder_learns else {}
         report["loss"] = loss.detach()
         areas = torch.cat(masks if self.learned else hidden).detach().mean((0, 2, 3))
         return report | {f"area_{n + 1}": area for n, area in enumerate(areas)}
@@ -310,9 +304,7 @@ class Game:
             self.scaler.step(optimizer)
         self.scaler.update()
 
-    # From here on: how the game is set up.
-
-    def __init__(self, settings, mean, std, device):
+    def __init__(self, settings, mean, std, device):  # from here on: how the game is set up
         self.settings, self.device, self.dtype = settings, device, precision(device)
         self.learned = settings.masks in LEARNED
         self.mean, self.std = mean.to(device), std.to(device)
@@ -393,9 +385,9 @@ def frozen(model):
 
 class CapturedStep:
     """Game.step as a CUDA graph. A GPU runs a step's thousands of small kernels faster than Python
-    launches them. A graph records them once and replays them at one call, on the same memory. So
-    images are copied in and results out, rates are tensors, and nothing in a step may depend on a
-    number that the host reads. Random numbers are new in each replay."""
+    launches them. A graph records them once and replays them at one call, on the same memory: so
+    images are copied in and results out, rates are tensors, and the host reads no number within a
+    step. Random numbers are new in each replay."""
 
     def __init__(self, game):
         self.game, self.learns, self.stream = game, None, torch.cuda.Stream(game.device)
@@ -432,8 +424,7 @@ def fastest_step(game):
 
 
 def make_optimizer(network, settings, constant=()):
-    """AdamW for what can be trained, without weight decay of biases and norms; `constant` holds the
-    parameters whose rate stays at its peak."""
+    """AdamW, without weight decay of biases and norms; what is `constant` keeps its peak rate."""
     device, groups = next(network.parameters()).device, {}
     for p in filter(lambda p: p.requires_grad, network.parameters()):
         groups.setdefault((p.ndim > 1, p in constant), []).append(p)
@@ -482,35 +473,6 @@ def gather(rows):
     return torch.cat([*parts[:RANK], rows, *parts[RANK + 1:]])
 
 
-# ---- Random masks --------------------------------------------------------------------------------
-# What ADIOS is compared with: they hide as much, but look at nothing.
-
-
-def hide_patches(view):
-    """MAE (arXiv 2111.06377): 48 of the 64 cells of an 8 × 8 grid, 75 %, at random."""
-    masked = torch.rand(len(view), 64, device=view.device).argsort(1) < 48
-    return F.interpolate(masked.view(-1, 1, 8, 8).to(view.dtype), view.shape[2:])
-
-
-def hide_blocks(view):
-    """BEiT's blocks (arXiv 2106.08254, algorithm 1), here to 30 %, as the ADIOS paper has it: up to
-    twelve rectangles, log aspect ratio uniform in ± log 0.3, of 8 % of the image or more while so
-    much is missing. Their sides are rounded down, which leaves a little less."""
-    count, size, device = len(view), view.shape[-1], view.device
-    masked = torch.zeros(count, size, size, dtype=torch.bool, device=device)
-    line = torch.arange(size, device=device)
-    for _ in range(12):
-        missing = (0.3 * size**2 - masked.sum((1, 2))).clamp_min(0)  # [B], in pixels
-        least = missing.clamp_max(0.08 * size**2)
-        area = least + (missing - least) * torch.rand(count, device=device)
-        ratio = uniform(math.log(0.3), -math.log(0.3), count, device=device).exp()
-        sides = torch.stack((area * ratio, area / ratio)).sqrt().floor().clamp_max(size)  # [2, B]
-        first = (torch.rand(2, count, device=device) * (size - sides + 1)).floor()
-        rows, columns = (line >= first[:, :, None]) & (line < (first + sides)[:, :, None])
-        masked |= rows[:, :, None] & columns[:, None, :]
-    return masked[:, None].to(view.dtype)
-
-
 # ---- Settings ------------------------------------------------------------------------------------
 # One dataclass is the command line, the argument of `train` and the record in results.json. Where
 # it gives no default (None), the data set does.
@@ -546,7 +508,6 @@ def option(help, default, *allowed):
 class Settings:
     """All that decides a run. Raises AdiosError where a value is out of range. For another data
     set, objective or encoder make new Settings: `replace` keeps the old one's rate and folder."""
-
     dataset: str = option("images to train on", "shapes", *PRESETS)
     data_dir: str = option("where data sets are, or are downloaded to", "data")
     image_size: int = option("pixels a side", None, 32, 1024)
@@ -660,7 +621,7 @@ def make_encoder(settings):
     return encoder, 192
 
 
-# ---- Two views -----------------------------------------------------------------------------------
+# ---- Two views and random masks ------------------------------------------------------------------
 # SimCLR's augmentations (arXiv 2002.05709, appendix A) for a whole batch at once; but crops are not
 # antialiased, and the jitter's order is fixed. Numbers are drawn on the images' device, and no
 # shape depends on them: a factor of 1, a shift of 0 or the smallest blur leaves an image alone.
@@ -745,7 +706,6 @@ def augment(images, settings):
 
     def chance(probability):
         return torch.rand(count, device=device) < probability
-
     boxes = random_boxes(count, size, settings.min_crop, device)
     views = crop_and_flip(images / 255, boxes, chance(0.5))
     spread = settings.jitter * chance(0.8)  # [B], 0 where colours stay
@@ -761,6 +721,31 @@ def augment(images, settings):
     return views
 
 
+def hide_patches(view):
+    """MAE (arXiv 2111.06377): 48 of the 64 cells of an 8 × 8 grid, 75 %, at random."""
+    masked = torch.rand(len(view), 64, device=view.device).argsort(1) < 48
+    return F.interpolate(masked.view(-1, 1, 8, 8).to(view.dtype), view.shape[2:])
+
+
+def hide_blocks(view):
+    """BEiT (arXiv 2106.08254, algorithm 1): up to twelve rectangles that cover 30 %, as the ADIOS
+    paper has it, or a little less, since sides are rounded down; each 8 % of the image or more
+    while so much is missing, log aspect ratio uniform in ± log 0.3."""
+    count, size, device = len(view), view.shape[-1], view.device
+    masked = torch.zeros(count, size, size, dtype=torch.bool, device=device)
+    line = torch.arange(size, device=device)
+    for _ in range(12):
+        missing = (0.3 * size**2 - masked.sum((1, 2))).clamp_min(0)  # [B], in pixels
+        least = missing.clamp_max(0.08 * size**2)
+        area = least + (missing - least) * torch.rand(count, device=device)
+        ratio = uniform(math.log(0.3), -math.log(0.3), count, device=device).exp()
+        sides = torch.stack((area * ratio, area / ratio)).sqrt().floor().clamp_max(size)  # [2, B]
+        first = (torch.rand(2, count, device=device) * (size - sides + 1)).floor()
+        rows, columns = (line >= first[:, :, None]) & (line < (first + sides)[:, :, None])
+        masked |= rows[:, :, None] & columns[:, None, :]
+    return masked[:, None].to(view.dtype)
+
+
 # ---- Data ----------------------------------------------------------------------------------------
 # Images are one uint8 tensor, on the device when they fit: a batch is an index, and there are no
 # loader processes. `shapes` is drawn, so that true masks are known. Its backgrounds are a shortcut
@@ -770,7 +755,6 @@ def augment(images, settings):
 @dataclass
 class Data:
     """A data set: images uint8 [n, 3, H, W], labels int64 [n], object masks bool [n, H, W]."""
-
     images: Tensor                   # for training; a fourth channel holds true masks if asked for
     labels: Tensor                   # −1 where unlabelled; such images are used in no metric
     test_images: Tensor
@@ -887,7 +871,7 @@ EXTENSIONS = {extension for extension, form in Image.registered_extensions().ite
 
 
 def is_picture(path):
-    """Whether a file is named as an image that Pillow reads (MPO as JPEG); hidden ones are not."""
+    """Whether a file is named as an image that Pillow reads (MPO as JPEG) and is not hidden."""
     return os.path.basename(path)[0] != "." and Path(path).suffix.lower() in EXTENSIONS
 
 
@@ -903,9 +887,8 @@ def read_picture(path):
 
 
 def find_left_out(folders, flat=False):
-    """A line on the files in folders that are left out, or "". It counts those not named as images
-    or not right in a class's folder (flat: in the folder itself), but no hidden ones. Raises
-    AdiosError that names what else would be missed; images that cannot be read `decode` names."""
+    """A line that counts the files, hidden ones aside, not named as images or not in a class's
+    folder (flat: in the folder itself), or "". Raises AdiosError that names what is lost unseen."""
     paths = [Path(folder, name) for folder in folders
              for name in glob.glob("**", root_dir=folder, recursive=True)]
     unreadable = [str(path) for path in paths
@@ -919,7 +902,7 @@ def find_left_out(folders, flat=False):
     return line if endings and not RANK else ""
 
 
-class Pictures(datasets.ImageFolder):
+class Pictures(torchvision.datasets.ImageFolder):
     """A folder of classes, without hidden folders and files, made as torchvision's other sets."""
 
     def __init__(self, root, split, download=True):
@@ -934,10 +917,10 @@ class Pictures(datasets.ImageFolder):
 
 
 FILES = {  # data sets: class, training images, test images, and the class's name for the labels
-    "stl10": (datasets.STL10, "train+unlabeled", "test", "labels"),
-    "cifar10": (datasets.CIFAR10, True, False, "targets"),
-    "cifar100": (datasets.CIFAR100, True, False, "targets"),
-    "flowers102": (datasets.Flowers102, "train", "test", "_labels"),
+    "stl10": (torchvision.datasets.STL10, "train+unlabeled", "test", "labels"),
+    "cifar10": (torchvision.datasets.CIFAR10, True, False, "targets"),
+    "cifar100": (torchvision.datasets.CIFAR100, True, False, "targets"),
+    "flowers102": (torchvision.datasets.Flowers102, "train", "test", "_labels"),
     "folder": (Pictures, "train", "val", "targets")}
 
 # The Backgrounds Challenge (arXiv 2006.09994): test images with other backgrounds, or without.
@@ -992,8 +975,7 @@ def load_files(settings):
 
 def decode(items, size):
     """The images of items, each a path or a data set and a number in it, uint8 [n, 3, size, size]:
-    the short side resized to `size`, then centre-cropped, by threads (Pillow works outside Python's
-    lock). Raises AdiosError that names those that cannot be read."""
+    resized and centre-cropped, by threads. Raises AdiosError that names the unreadable ones."""
     images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
 
     def fill(n):
@@ -1086,9 +1068,8 @@ def top(scores, labels, k=1):
 
 
 def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20, temperature=0.07):
-    """Accuracy, 0 to 1, of weighted k-NN (arXiv 1805.01978, section 3.4) on features [m, D], labels
-    int64 [m]: each of the k nearest training features [n, D] votes for its label, int64 [n] from 0
-    up, with a weight in proportion to exp(cosine similarity / temperature)."""
+    """Accuracy, 0 to 1, of weighted k-NN (arXiv 1805.01978, section 3.4): the k training features
+    [n, D] nearest to a test feature [m, D] vote by exp(cosine / temperature). Labels are int64."""
     similarity, nearest = nearest_neighbours(train_features, test_features, k)
     votes = similarity.new_zeros(len(similarity), int(train_labels.max()) + 1).scatter_add(
         1, train_labels.to(nearest.device)[nearest], ((similarity - 1) / temperature).exp())
@@ -1105,8 +1086,7 @@ def object_iou(masks, truth):
 
 
 def masks_apart(masks):
-    """How far the two most alike of masks [n, N, H, W] are apart: mean of |m_i − m_j|, from 0 to 1,
-    at most 2 / N."""
+    """The least mean of |m_i − m_j| of two of the masks [n, N, H, W], 0 to 2 / N."""
     return (F.pdist(masks.movedim(1, 0).flatten(1), 1).min() / masks[:, 0].numel()).item()
 
 
@@ -1142,7 +1122,6 @@ def compute_metrics(game, data):
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-
 # Okabe and Ito's colours, told apart by the colour-blind too; mask n has the n-th everywhere.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 
@@ -1182,8 +1161,8 @@ def plot_masks(images, masks):
 
 
 def film_frame(images, masks, epoch):
-    """A frame of film.gif, uint8 [3, h, w]: images, uint8 [n, 3, H, W], as tiles of 64 px, below
-    each of them its masks over it, and the epoch."""
+    """A frame of film.gif, uint8 [3, h, w]: images, uint8 [n, 3, H, W], above the same with their
+    masks over them, in tiles of 64 px, and the epoch."""
     tiles = F.adaptive_avg_pool2d(torch.cat((images.cpu() / 255, overlay(images, masks))), 64)
     grid = TF.to_pil_image(torchvision.utils.make_grid(tiles, len(images), pad_value=1))
     frame = ImageOps.expand(grid, (0, 0, 0, 14), "white")
@@ -1199,8 +1178,7 @@ def save_film(frames, file):
 
 
 def save_figure(path, plot, *arguments):
-    """Write the figure plot(*arguments) as a PNG, in matplotlib's default style, not a user's, and
-    without warnings, as of letters that the font lacks."""
+    """Write the figure plot(*arguments) as a PNG, whatever a user's style and font may lack."""
     with style.context("default"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         write(path, lambda file: plot(*arguments).savefig(file, format="png"))
@@ -1221,7 +1199,7 @@ def plot_neighbours(data, indices, train_features, test_features):
 
 
 def plot_curves(log):
-    """A figure of a log (a dict per epoch, as log.csv has it): losses, mask areas and metrics."""
+    """A figure of a log (a dict per epoch, as in log.csv): losses, mask areas and metrics."""
     areas = {name: f"mask {name[5:]}" for name in log[-1] if name.startswith("area")}
     losses = {"loss": "encoder's loss, L", "gain": "occluder's gain, L − λp"}
     figure = Figure(figsize=(12, 3.2), layout="constrained")
@@ -1285,9 +1263,8 @@ def check_folder(out, files=(), fix="name another"):
 
 
 def claim(out, undo):
-    """Reserve a folder for a new run by making its log.csv, which only one of several runs started
-    at the same time can. When `undo`, an ExitStack, is closed, it removes that and the folders made
-    here, if empty. Raises AdiosError if the folder has a run's files."""
+    """Reserve a folder for a new run by making its log.csv, which only one of several that start at
+    once can. Closing `undo`, an ExitStack, takes that back. Raises AdiosError if it has a run."""
     fix = "its run ended, is starting or was killed: give --overwrite, --resume or another --out"
     check_folder(out, files_of_run(out), fix)
     made = [path for path in (out, *out.parents) if not path.exists()]
@@ -1301,8 +1278,8 @@ def claim(out, undo):
 
 
 def write(path, save):
-    """Make a file, completely or not at all: what save(file) writes goes to memory, then to a file
-    beside it, which replaces it at once. Raises AdiosError where that fails."""
+    """Make a file as a whole or not at all: save(file) fills another, which then takes its place.
+    Raises AdiosError where that fails."""
     content, unfinished = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.part")
     save(content)
     try:
@@ -1319,8 +1296,7 @@ def write(path, save):
 
 
 def save_run(out, game, log, film):
-    """Write log.csv and, in checkpoint.pt, all that a run needs to go on. Optimizers' rates and
-    options come from the settings."""
+    """Write log.csv and, in checkpoint.pt, what a run needs to go on beside its settings."""
     names = list(dict.fromkeys(name for entry in log for name in entry))  # in order, once each
     table = [names, *([str(entry.get(name, "")) for name in names] for entry in log)]
     write(out / "log.csv", lambda file: file.write("\n".join([*map(",".join, table), ""]).encode()))
@@ -1363,8 +1339,8 @@ def restore(game, state, parts=PARTS):
 
 
 def check_finite(step, encoder, occluder):
-    """Raise AdiosError unless two values, one that depends on the encoder and one on the occluder,
-    are finite at this step. The occluder comes first, since its mistakes reach the encoder."""
+    """Raise AdiosError unless two values, one of the encoder's and one of the occluder's, which is
+    looked at first since its mistakes reach the encoder, are finite at this step."""
     for name, value, rate in (("occluder", occluder, "occluder-lr"), ("encoder", encoder, "lr")):
         problem = f"the {name}'s numbers are not finite at step {step}: try a smaller --{rate}"
         require(math.isfinite(value), problem)
@@ -1372,7 +1348,7 @@ def check_finite(step, encoder, occluder):
 
 def warn(entry, change, warned):
     """Say once each (`warned` remembers) what looks wrong in an epoch's entry of the log; `change`
-    is the mean of |Δm|, 0 to 1, by which masks moved since metrics were last computed."""
+    is the mean of |Δm|, 0 to 1, since metrics were last computed."""
     areas = [area for name, area in entry.items() if name.startswith("area_")]
     collapsed, still = entry["embedding_spread"] < 0.05, "gain" in entry and change < 1e-4
     full = len(areas) > 1 and max(areas) > 0.98
@@ -1507,7 +1483,7 @@ def train(settings):
     return results
 
 
-# ---- Evaluation ----------------------------------------------------------------------------------
+# ---- Evaluation and benchmark --------------------------------------------------------------------
 # How the paper scores a trained encoder: classification, clustering, backgrounds, transfer. What
 # scikit-learn does is imported where it is used, since that takes a second.
 
@@ -1516,21 +1492,18 @@ def linear_probe(features, labels, classes):
     """Logistic regression, with 1e-4 |W|² beside the mean loss, on standardised features [n, D] and
     labels int64 [n]. Returns a function from features [m, D] to probabilities [m, classes]."""
     from sklearn import linear_model, pipeline, preprocessing
-
     regression = linear_model.LogisticRegression(C=1 / (2e-4 * len(labels)), max_iter=1000)
-    probe = pipeline.make_pipeline(preprocessing.StandardScaler(), regression)
-    probe.fit(features.cpu().numpy(), labels.numpy())
+    probe = pipeline.make_pipeline(preprocessing.StandardScaler(), regression).fit(
+        features.cpu().numpy(), labels.numpy())
 
     def predict(features):
         known = torch.from_numpy(probe.predict_proba(features.cpu().numpy())).double()
         return known.new_zeros(len(known), classes).index_copy(1, labels.unique(), known)
-
     return predict
 
 
 def finetune(game, data):
-    """Train the encoder and a linear layer on the labelled images, at the settings' lr, epochs and
-    batch size. Returns scores [m, C] of the test images."""
+    """Scores [m, C] of the test images once encoder and a linear layer have learned the labels."""
     settings, labelled = game.settings, (data.labels >= 0).nonzero()[:, 0]
     layer = nn.Linear(game.model.dim, len(data.classes), device=game.device)
     network = nn.Sequential(game.model.encoder, layer)
@@ -1547,10 +1520,9 @@ def finetune(game, data):
 
 
 def cluster_metrics(features, labels, classes, seed):
-    """How well k-means clusters of normalised features [n, D] agree with labels int64 [n]: adjusted
-    Rand index, −0.5 to 1, normalised mutual information and Fowlkes-Mallows index, 0 to 1."""
+    """How well k-means clusters of features [n, D] agree with labels int64 [n]: normalised mutual
+    information and Fowlkes-Mallows index, 0 to 1, and adjusted Rand index, −0.5 to 1."""
     from sklearn import cluster, metrics
-
     k_means = cluster.KMeans(min(classes, len(labels)), n_init=5, random_state=seed)
     clusters = k_means.fit_predict(F.normalize(features).cpu().numpy())
     return {"nmi": metrics.normalized_mutual_info_score(labels, clusters),
@@ -1562,7 +1534,6 @@ def colour_iou(images, truth, seed):
     """object_iou, by name, that colours alone reach on uint8 images [n, 3, H, W], true masks bool
     [n, H, W]: with each image split at its mean brightness, or by k-means of its colours."""
     from sklearn.cluster import KMeans
-
     grey, pixels = TF.rgb_to_grayscale(images.float()), images.flatten(2).mT.float().numpy()
     regions = {"threshold": (grey > grey.mean((2, 3), keepdim=True)).flatten(1).long()}  # [n, H·W]
     for k in (2, 3, 4):
@@ -1582,8 +1553,8 @@ def score(game, data, examples, test_features):
     for name, (images, their_labels) in data.backgrounds.items():
         results[f"linear_{name}"] = top(probe(extract_features(game, images)), their_labels)
     if {"mixed_same", "mixed_rand"} <= data.backgrounds.keys():
-        gap = results["linear_mixed_same"] - results["linear_mixed_rand"]
-        results["linear_background_gap"] = gap
+        same, random = results["linear_mixed_same"], results["linear_mixed_rand"]
+        results["linear_background_gap"] = same - random
     if data.test_masks is not None:
         images, truth = data.test_images[:200], data.test_masks[:200]
         if game.learned:
@@ -1598,10 +1569,9 @@ def score(game, data, examples, test_features):
 
 
 def evaluate(settings):
-    """Score the checkpoint settings.evaluate on its data or, as in the paper's transfer, on others.
+    """Score the checkpoint settings.evaluate on its own data or on others, the paper's transfer.
     Into settings.out go evaluation.json, neighbours.png and, unless it is the run's folder,
-    masks.png; returns the scores. Pictures without classes cannot be scored: only masks.png is
-    written, and None returned. Raises AdiosError for what a user can fix."""
+    masks.png, alone for pictures without classes. Returns the scores. Raises AdiosError."""
     device, state = pick_device(settings.device), read_checkpoint(settings.evaluate)
     out, run, root = Path(settings.out), Path(settings.evaluate).parent, Path(settings.data_dir)
     # Inside the run's folder evaluations replace earlier ones, but no other run's (with a log.csv).
@@ -1634,9 +1604,6 @@ def evaluate(settings):
         save_figure(out / "masks.png", plot_masks, *shown_masks(game, data))
     print(f"\nevaluation.json and neighbours.png are in {out}")
     return results
-
-
-# ---- The benchmark -------------------------------------------------------------------------------
 
 
 def bench(settings):
