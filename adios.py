@@ -17,12 +17,12 @@ of ADIOS-s, which uses one of the N masks per image (ADIOS takes the mean of L o
     view_a, view_b = augment(images), augment(images)
     masks = occluder(view_b)                               # [B, N, H, W], a softmax over N
     mask = one of the N masks, at random for each image    # [B, 1, H, W]
-    z_a = encoder(view_a)
+    z_a = encoder(view_a)                                  # with the heads that L needs
 
     loss = L(z_a, encoder(view_b * (1 - mask.detach())))   # 0 is the mean colour
     minimise(loss)                                         # updates the encoder
 
-    loss = L(z_a.detach(), encoder(view_b * (1 - mask)))   # z_a as it was: that saves a pass
+    loss = L(z_a.detach(), encoder(view_b * (1 - mask)))   # z_a from before: saves a pass
     penalty = (1 / sin(pi * masks.mean((2, 3)))).mean()
     minimise(-(loss - λ * penalty))                        # updates the occluder only
 
@@ -107,7 +107,7 @@ class Occluder(nn.Module):
         self.mlp = mlp(flat, 128, 128, flat, norm=nn.Identity).append(nn.ReLU())
         self.to_masks = nn.Conv2d(width, num_masks, 1)
         # Masks that start alike get like gradients and may never part. So at first logits have a
-        # standard deviation of about 5, and a mean of 0 (on noise), which makes all areas alike.
+        # standard deviation of about 5 and, on noise, a mean of 0: masks differ, areas hardly.
         nn.init.orthogonal_(self.to_masks.weight, 10)
         with torch.no_grad():
             noise = torch.randn(2, 3, image_size, image_size)
@@ -141,7 +141,7 @@ def sparsity_penalty(masks):
 
 class Embedding(NamedTuple):
     """A view as the loss sees it, [B, D] each."""
-    prediction: Tensor  # of the other view's target; for SimCLR, which has no predictor, projection
+    prediction: Tensor  # of the other view's target; for SimCLR, which predicts none, projection
     target: Tensor      # the projection, for BYOL the target network's; SimCLR does not use it
 
 
@@ -172,7 +172,7 @@ OBJECTIVES = {  # the Embeddings of an unmasked view and of the other one, maske
 
 class Siamese(nn.Module):
     """An encoder, views [B, 3, H, H] to features [B, dim], and its heads, features to an Embedding,
-    as wide as the paper's or, for thin encoders, in proportion."""
+    as wide as in the ADIOS paper or, for thin encoders, in proportion."""
 
     def __init__(self, settings):
         super().__init__()
@@ -217,7 +217,7 @@ def pick_one(masks):
     return masks.take_along_dim(index, 1)
 
 
-# From a view, the occluder's masks (or None) and the object's [B, 1, H, H] ([B, 0, H, H]: none).
+# From a view, the occluder's masks (or None) and the object's [B, 1, H, H] (or no channel).
 SCHEMES = {
     "none": lambda view, masks, truth: torch.zeros_like(view[:, :1]),
     "mae": lambda view, masks, truth: hide_patches(view),
@@ -240,7 +240,7 @@ class Game:
         """Both moves on uint8 images [B, C, H, H], true masks beyond channel three. Returns by name
         the loss L, the area of each mask and, where the occluder learns, its gain L − λp."""
         (view_a, view_b), (truth_a, truth_b) = self.two_views(images)
-        whole, to_mask, truths = [view_a], [view_b], [truth_b]
+        whole, to_mask, truths = [view_a], [view_b], [truth_b]  # whole[n] goes with to_mask[n]
         if self.settings.ssl == "simsiam":  # for it both views are masked, each by its own masks
             whole, to_mask, truths = [view_a, view_b], [view_b, view_a], [truth_b, truth_a]
         scheme = SCHEMES[self.settings.masks]
@@ -251,7 +251,7 @@ class Game:
 
         if occluder_learns and self.settings.updates == "simultaneous":
             # Both moves by one backward pass. Gradient reversal: the value is the mask's, its
-            # gradient −1, so that one step down moves the encoder down and the occluder up on L.
+            # gradient −1, so a step down moves the occluder up on L (and down on the penalty).
             loss = self.loss(unmasked, to_mask, [2 * mask.detach() - mask for mask in hidden])
             penalty = self.penalty(masks)
             self.minimise(loss + penalty, self.model_optimizer, self.occluder_optimizer)
@@ -267,7 +267,7 @@ class Game:
             # encoder that is held still. Only the masked views are encoded anew.
             if occluder_learns:
                 unmasked = [Embedding(*map(Tensor.detach, z)) for z in unmasked]
-                with frozen(self.model):
+                with frozen(self.model):  # in the forward pass; the backward pass may come later
                     gain = self.loss(unmasked, to_mask, hidden) - self.penalty(masks)
                 self.minimise(-gain, self.occluder_optimizer)
 
@@ -277,11 +277,11 @@ class Game:
         return report | {f"area_{n + 1}": area for n, area in enumerate(areas)}
 
     def loss(self, unmasked, to_mask, hidden):
-        """L, a scalar: the mean, over views to mask [B, 3, H, H] and what is hidden of them
-        [B, K, H, H], of the objective between the other view's Embedding, unmasked, and theirs."""
+        """L, a scalar: the mean, over views to mask [B, 3, H, H] and the masks that hide parts of
+        them [B, K, H, H], of the objective between the other view, unmasked, and this one."""
         objective, losses = OBJECTIVES[self.settings.ssl], []
-        for n, (view, masks) in enumerate(zip(to_mask, hidden)):
-            for mask in masks.to(view.dtype).split(1, 1):
+        for n, view in enumerate(to_mask):
+            for mask in hidden[n].to(view.dtype).split(1, 1):
                 masked = self.embed(view * (1 - mask))  # what is hidden gets 0, the mean colour
                 losses.append(objective(unmasked[n], masked, self.settings.temperature))
                 if self.settings.ssl == "simsiam":  # half of its loss is of the unmasked pair
@@ -353,7 +353,7 @@ class Game:
 
     def paint(self, view):
         """The occluder's masks on a view, float32 [B, N, H, H]; None where the scheme has none.
-        All of it, norms included, runs in the view's precision: a U-Net costs memory traffic."""
+        All but the softmax runs in the view's precision, since a U-Net's cost is its memory's."""
         if not self.learned:
             return None
         weights = {name: p.to(view.dtype) for name, p in self.occluder.named_parameters()}
@@ -367,7 +367,7 @@ def frozen(model):
     else a forward pass changes, such as spectral norm's vectors, is not covered."""
     changes = [(p, "requires_grad") for p in model.parameters()]
     changes += [(m, name) for m in model.modules() if m.training
-             for name in ("track_running_stats", "momentum")]
+             for name in ("track_running_stats", "momentum")]  # instance norms heed the latter
     changes = [(owner, name, old) for owner, name in changes if (old := getattr(owner, name, None))]
     try:
         for owner, name, old in changes:
@@ -414,10 +414,10 @@ class CapturedStep:
 
 
 def fastest_step(game):
-    """Game.step, compiled and captured where settings and device allow. Capturing takes bfloat16
+    """Game.step, compiled and captured where settings and device allow. Capturing needs bfloat16
     (float16 needs loss scaling, for which the host reads numbers) and one process."""
     can_capture = game.device.type == "cuda" and game.dtype == torch.bfloat16 and WORLD == 1
-    if game.settings.compile:  # a copy's, since metrics and pictures are not worth the wait
+    if game.settings.compile:  # in a copy, since metrics and pictures are not worth the wait
         game = copy.copy(game)
         game.embed, game.paint = torch.compile(game.embed), torch.compile(game.paint)
     return CapturedStep(game) if can_capture and game.settings.cuda_graph else game.step
@@ -440,7 +440,7 @@ def set_rate(optimizer, peak, progress):
     rate = peak * (0.1 + 9 * progress if progress < 0.1 else fall)
     for group in optimizer.param_groups:
         lr, value = group["lr"], peak if group["constant"] else rate
-        group["lr"] = lr.fill_(value) if isinstance(lr, Tensor) else value  # a captured step's one
+        group["lr"] = lr.fill_(value) if isinstance(lr, Tensor) else value  # captured steps read it
 
 
 def precision(device):
@@ -888,7 +888,7 @@ def read_picture(path):
 
 def find_left_out(folders, flat=False):
     """A line that counts the files, hidden ones aside, not named as images or not in a class's
-    folder (flat: in the folder itself), or "". Raises AdiosError that names what is lost unseen."""
+    folder (flat: in the folder itself), or "". Raises AdiosError that names broken links."""
     paths = [Path(folder, name) for folder in folders
              for name in glob.glob("**", root_dir=folder, recursive=True)]
     unreadable = [str(path) for path in paths
@@ -1339,8 +1339,8 @@ def restore(game, state, parts=PARTS):
 
 
 def check_finite(step, encoder, occluder):
-    """Raise AdiosError unless two values, one of the encoder's and one of the occluder's, which is
-    looked at first since its mistakes reach the encoder, are finite at this step."""
+    """Raise AdiosError unless a value of the encoder's and one of the occluder's are finite at this
+    step. The occluder comes first, since its mistakes reach the encoder."""
     for name, value, rate in (("occluder", occluder, "occluder-lr"), ("encoder", encoder, "lr")):
         problem = f"the {name}'s numbers are not finite at step {step}: try a smaller --{rate}"
         require(math.isfinite(value), problem)
@@ -1350,7 +1350,7 @@ def warn(entry, change, warned):
     """Say once each (`warned` remembers) what looks wrong in an epoch's entry of the log; `change`
     is the mean of |Δm|, 0 to 1, since metrics were last computed."""
     areas = [area for name, area in entry.items() if name.startswith("area_")]
-    collapsed, still = entry["embedding_spread"] < 0.05, "gain" in entry and change < 1e-4
+    collapsed, stopped = entry["embedding_spread"] < 0.05, "gain" in entry and change < 1e-4
     full = len(areas) > 1 and max(areas) > 0.98
     empty = len(areas) > 1 and min(areas) < 0.1 / len(areas)
     alike = entry.get("masks_apart", 1) < 0.2 / len(areas)
@@ -1359,7 +1359,7 @@ def warn(entry, change, warned):
         "a mask covers nearly everything: try a larger --sparsity": full,
         "a mask covers nearly nothing: try a larger --sparsity or a smaller --num-masks": empty,
         "two masks are alike: try a larger --occluder-lr or a smaller --num-masks": alike,
-        "the occluder has stopped moving: try a larger --occluder-lr or another --seed": still}
+        "the occluder has stopped moving: try a larger --occluder-lr or another --seed": stopped}
     for text in [text for text, holds in signs.items() if holds and text not in warned]:
         warned.add(text)
         tqdm.write(f"adios: warning: epoch {entry['epoch']}: {text}", file=sys.stderr)
@@ -1608,10 +1608,10 @@ def evaluate(settings):
 
 def bench(settings):
     """Time steps on random images, in turn with plain SimCLR's with the same encoder. Prints and
-    returns medians: ms a step, images/s and `simclr_steps`, what a step costs in plain SimCLR's."""
+    returns medians: ms a step, images/s and `simclr_steps`, its cost in steps of plain SimCLR."""
     device, grey = pick_device(settings.device, settings.compile), torch.full((1, 3, 1, 1), 0.5)
     plain = replace(settings, ssl="simclr", masks="none")
-    games = [Game(kind, grey, grey, device) for kind in (settings, plain)]
+    games = [Game(each, grey, grey, device) for each in (settings, plain)]
     channels, size = 3 + settings.masks.startswith("object"), settings.image_size
     images = torch.randint(256, (settings.batch_size, channels, size, size), device=device).byte()
     repeats, times = 1 if device.type == "cpu" else 20, torch.empty(11, 2)  # seconds a step
