@@ -234,7 +234,7 @@ LEARNED = ("adios", "adios-s")  # the schemes that need an occluder
 
 class Game:
     """The two players, `model` (encoder and heads) and `occluder`, and a step of their game. What
-    it calls is in part two where it is not above; `gather` joins the rows of several processes."""
+    it calls is above, below or in part two; `gather` there joins the rows of several processes."""
 
     def step(self, images, occluder_learns):
         """Both moves on uint8 images [B, C, H, H], true masks beyond channel three. Returns by name
@@ -417,7 +417,7 @@ def fastest_step(game):
     """Game.step, compiled and captured where settings and device allow. Capturing needs bfloat16
     (float16 needs loss scaling, for which the host reads numbers) and one process."""
     can_capture = game.device.type == "cuda" and game.dtype == torch.bfloat16 and WORLD == 1
-    if game.settings.compile:  # in a copy, since metrics and pictures are not worth the wait
+    if game.settings.compile:  # in a copy: metrics and pictures are not worth the wait
         game = copy.copy(game)
         game.embed, game.paint = torch.compile(game.embed), torch.compile(game.paint)
     return CapturedStep(game) if can_capture and game.settings.cuda_graph else game.step
@@ -1221,7 +1221,7 @@ def plot_curves(log):
 RUN_FILES = ("checkpoint.pt", "log.csv", "film.gif", "curves.png", "results.json", "encoder.pt")
 EVALUATION_FILES = ("evaluation.json", "neighbours.png", "masks.png")
 PARTS = ("model", "model_optimizer", "occluder", "occluder_optimizer", "scaler")
-# The settings that shape the networks, which a checkpoint therefore fixes.
+# The settings that decide which networks there are, which a checkpoint therefore fixes.
 NETWORKS = "image_size ssl encoder width small_stem masks num_masks occluder_width".split()
 VERSION = 5  # of checkpoints: what another one wrote cannot be used
 
@@ -1296,7 +1296,7 @@ def write(path, save):
 
 
 def save_run(out, game, log, film):
-    """Write log.csv and, in checkpoint.pt, what a run needs to go on beside its settings."""
+    """Write log.csv and, in checkpoint.pt, the settings and all else that a run needs to go on."""
     names = list(dict.fromkeys(name for entry in log for name in entry))  # in order, once each
     table = [names, *([str(entry.get(name, "")) for name in names] for entry in log)]
     write(out / "log.csv", lambda file: file.write("\n".join([*map(",".join, table), ""]).encode()))
@@ -1329,7 +1329,7 @@ def read_checkpoint(path):
 
 
 def restore(game, state, parts=PARTS):
-    """Give parts of the game their states from a checkpoint; what it lacks, as rates, stays."""
+    """Give parts of the game their states from a checkpoint; what it lacks, such as rates, stays."""
     for name in parts:
         part = getattr(game, name)
         part.load_state_dict(part.state_dict() | state[name])
