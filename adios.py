@@ -1221,7 +1221,7 @@ def plot_curves(log):
 RUN_FILES = ("checkpoint.pt", "log.csv", "film.gif", "curves.png", "results.json", "encoder.pt")
 EVALUATION_FILES = ("evaluation.json", "neighbours.png", "masks.png")
 PARTS = ("model", "model_optimizer", "occluder", "occluder_optimizer", "scaler")
-# The settings that decide which networks there are, which a checkpoint therefore fixes.
+# The settings that decide which networks there are, which a checkpoint fixes.
 NETWORKS = "image_size ssl encoder width small_stem masks num_masks occluder_width".split()
 VERSION = 5  # of checkpoints: what another one wrote cannot be used
 
@@ -1329,7 +1329,7 @@ def read_checkpoint(path):
 
 
 def restore(game, state, parts=PARTS):
-    """Give parts of the game their states from a checkpoint; what it lacks, such as rates, stays."""
+    """Give parts of the game their states from a checkpoint; what it lacks, as rates do, stays."""
     for name in parts:
         part = getattr(game, name)
         part.load_state_dict(part.state_dict() | state[name])
