@@ -240,52 +240,52 @@ class Game:
         """Both moves on uint8 images [B, C, H, H], true masks beyond channel three. Returns by name
         the loss L, the area of each mask and, where the occluder learns, its gain L − λp."""
         (view_a, view_b), (truth_a, truth_b) = self.two_views(images)
-        whole, to_mask, truths = [view_a], [view_b], [truth_b]  # whole[n] goes with to_mask[n]
+        anchors, views, truths = [view_a], [view_b], [truth_b]  # views[n] compares with anchors[n]
         if self.settings.ssl == "simsiam":  # for it both views are masked, each by its own masks
-            whole, to_mask, truths = [view_a, view_b], [view_b, view_a], [truth_b, truth_a]
+            anchors, views, truths = [view_a, view_b], [view_b, view_a], [truth_b, truth_a]
         scheme = SCHEMES[self.settings.masks]
         with torch.set_grad_enabled(occluder_learns):
-            masks = [self.paint(view) for view in to_mask]                    # [B, N, H, H] each
-            hidden = [scheme(*args) for args in zip(to_mask, masks, truths)]  # [B, K, H, H] each
-        unmasked = [self.embed(view) for view in whole]
+            masks = [self.paint(view) for view in views]                      # [B, N, H, H] each
+            selected = [scheme(*args) for args in zip(views, masks, truths)]  # [B, K, H, H] each
+        embeddings = [self.embed(view) for view in anchors]
 
         if occluder_learns and self.settings.updates == "simultaneous":
             # Both moves by one backward pass. Gradient reversal: the value is the mask's, its
             # gradient −1, so a step down moves the occluder up on L (and down on the penalty).
-            loss = self.loss(unmasked, to_mask, [2 * mask.detach() - mask for mask in hidden])
+            loss = self.loss(embeddings, views, [2 * mask.detach() - mask for mask in selected])
             penalty = self.penalty(masks)
             self.minimise(loss + penalty, self.model_optimizer, self.occluder_optimizer)
             self.model.update_target_network(self.target_rate)
             gain = loss - penalty
         else:
             # The encoder's move: down on the loss. `detach` makes the masks constants.
-            loss = self.loss(unmasked, to_mask, [mask.detach() for mask in hidden])
+            loss = self.loss(embeddings, views, [mask.detach() for mask in selected])
             self.minimise(loss, self.model_optimizer)
             self.model.update_target_network(self.target_rate)
 
             # The occluder's move: up on the same loss less its penalty, hence the sign, through an
             # encoder that is held still. Only the masked views are encoded anew.
             if occluder_learns:
-                unmasked = [Embedding(*map(Tensor.detach, z)) for z in unmasked]
+                embeddings = [Embedding(*map(Tensor.detach, z)) for z in embeddings]
                 with frozen(self.model):  # in the forward pass; the backward pass may come later
-                    gain = self.loss(unmasked, to_mask, hidden) - self.penalty(masks)
+                    gain = self.loss(embeddings, views, selected) - self.penalty(masks)
                 self.minimise(-gain, self.occluder_optimizer)
 
         report = {"gain": gain.detach()} if occluder_learns else {}
         report["loss"] = loss.detach()
-        areas = torch.cat(masks if self.learned else hidden).detach().mean((0, 2, 3))
+        areas = torch.cat(masks if self.learned else selected).detach().mean((0, 2, 3))
         return report | {f"area_{n + 1}": area for n, area in enumerate(areas)}
 
-    def loss(self, unmasked, to_mask, hidden):
-        """L, a scalar: the mean, over views to mask [B, 3, H, H] and the masks that hide parts of
-        them [B, K, H, H], of the objective between the other view, unmasked, and this one."""
+    def loss(self, embeddings, views, selected):
+        """L, a scalar: the mean, over views [B, 3, H, H] and the masks selected for each
+        [B, K, H, H], of the objective between its anchor's Embedding and its own, once masked."""
         objective, losses = OBJECTIVES[self.settings.ssl], []
-        for n, view in enumerate(to_mask):
-            for mask in hidden[n].to(view.dtype).split(1, 1):
+        for n, view in enumerate(views):
+            for mask in selected[n].to(view.dtype).split(1, 1):
                 masked = self.embed(view * (1 - mask))  # what is hidden gets 0, the mean colour
-                losses.append(objective(unmasked[n], masked, self.settings.temperature))
+                losses.append(objective(embeddings[n], masked, self.settings.temperature))
                 if self.settings.ssl == "simsiam":  # half of its loss is of the unmasked pair
-                    losses.append(objective(unmasked[n], unmasked[1 - n], None))
+                    losses.append(objective(embeddings[n], embeddings[1 - n], None))
         return torch.stack(losses).mean()
 
     def penalty(self, masks):
@@ -1105,12 +1105,12 @@ METRICS = {"knn": "k-NN", "knn_shuffled_background": "k-NN, shuffled backgrounds
 def compute_metrics(game, data):
     """By name the METRICS, 0 to 1 each, that data set and scheme allow, on the test images."""
     labelled = (data.labels >= 0).nonzero()[:, 0]
-    examples = extract_features(game, data.images, labelled), data.labels[labelled]
+    train_set = extract_features(game, data.images, labelled), data.labels[labelled]
     test_features = extract_features(game, data.test_images)
-    metrics = {"knn": knn_accuracy(*examples, test_features, data.test_labels)}
+    metrics = {"knn": knn_accuracy(*train_set, test_features, data.test_labels)}
     if "mixed_rand" in data.backgrounds:
         images, labels = data.backgrounds["mixed_rand"]
-        shuffled = knn_accuracy(*examples, extract_features(game, images), labels)
+        shuffled = knn_accuracy(*train_set, extract_features(game, images), labels)
         metrics["knn_shuffled_background"] = shuffled
     if game.learned:
         if (truth := data.test_masks) is not None:
@@ -1262,7 +1262,7 @@ def check_folder(out, files=(), fix="name another"):
     require(not files, f"--out {out} holds {names}: {fix}")
 
 
-def claim(out, undo):
+def reserve(out, undo):
     """Reserve a folder for a new run by making its log.csv, which only one of several that start at
     once can. Closing `undo`, an ExitStack, takes that back. Raises AdiosError if it has a run."""
     fix = "its run ended, is starting or was killed: give --overwrite, --resume or another --out"
@@ -1368,17 +1368,17 @@ def warn(entry, change, warned):
 def train_epoch(game, data, epoch, bar):
     """Play an epoch (from 1) and move a tqdm bar on; returns its entry of the log: epoch, the means
     of what steps report, and images_per_second. Raises AdiosError where numbers are not finite."""
-    per_step, epochs = game.settings.batch_size, game.settings.epochs
+    size, epochs = game.settings.batch_size, game.settings.epochs
     torch.manual_seed(game.settings.seed * 2**20 + epoch)
-    # [steps, batch size]; images that do not fill a batch sit out.
-    order = torch.randperm(len(data.images)).to(data.images.device).unfold(0, per_step, per_step)
+    # [steps, batch size]; images that do not fill a batch are left out.
+    order = torch.randperm(len(data.images)).to(data.images.device).unfold(0, size, size)
     if RANK:  # the same order as process 0's, but other crops
         torch.manual_seed(int(torch.randint(2**32, (RANK,))[-1]))
     start, reports, count = time.perf_counter(), [], len(order)
     for i, batch in enumerate(order):
         images = data.images[batch[RANK::WORLD]].to(game.device)
         reports.append(game.play(images, (epoch - 1 + i / count) / epochs))
-        bar.update(per_step)
+        bar.update(size)
         if i % 10 == 9 or i == count - 1:  # to read numbers is to wait for the device
             for n in range(i - i % 10, i + 1):
                 reports[n] = {name: value.item() for name, value in reports[n].items()}
@@ -1440,13 +1440,13 @@ def train(settings):
     fits = settings.batch_size % WORLD == 0 and settings.batch_size >= 2 * WORLD
     require(fits, f"--batch-size: give a multiple of {WORLD}, from {2 * WORLD} up")
     state = read_resumed(settings) if settings.resume else None
-    with contextlib.ExitStack() as undo:  # takes back what `claim` made, should anything here fail
+    with contextlib.ExitStack() as undo:  # takes back what `reserve` made, should anything fail
         if RANK:
             dist.barrier()  # until process 0 has the data, since only one may download them
         elif state or settings.overwrite:
             check_folder(out)
         else:
-            claim(out, undo)
+            reserve(out, undo)
         data = load_data(settings, device)
         if WORLD > 1 and RANK == 0:
             dist.barrier()  # lets the others load the data, too
@@ -1507,9 +1507,9 @@ def finetune(game, data):
     settings, labelled = game.settings, (data.labels >= 0).nonzero()[:, 0]
     layer = nn.Linear(game.model.dim, len(data.classes), device=game.device)
     network = nn.Sequential(game.model.encoder, layer)
-    optimizer, per_step = make_optimizer(network, settings), min(settings.batch_size, len(labelled))
+    optimizer, size = make_optimizer(network, settings), min(settings.batch_size, len(labelled))
     for epoch in tqdm(range(settings.epochs), "fine-tuning", leave=False):
-        order = labelled[torch.randperm(len(labelled))].unfold(0, per_step, per_step)
+        order = labelled[torch.randperm(len(labelled))].unfold(0, size, size)
         for i, batch in enumerate(order):
             images, labels = data.images[batch].to(game.device), data.labels[batch].to(game.device)
             with game.autocast():
@@ -1535,23 +1535,23 @@ def colour_iou(images, truth, seed):
     [n, H, W]: with each image split at its mean brightness, or by k-means of its colours."""
     from sklearn.cluster import KMeans
     grey, pixels = TF.rgb_to_grayscale(images.float()), images.flatten(2).mT.float().numpy()
-    regions = {"threshold": (grey > grey.mean((2, 3), keepdim=True)).flatten(1).long()}  # [n, H·W]
+    segments = {"threshold": (grey > grey.mean((2, 3), keepdim=True)).flatten(1).long()}  # [n, H·W]
     for k in (2, 3, 4):
         clusters = [KMeans(k, n_init=5, random_state=seed).fit_predict(image) for image in pixels]
-        regions[f"{k}_means"] = torch.stack([*map(torch.from_numpy, clusters)]).long()
-    return {f"iou_{name}": object_iou(F.one_hot(region).mT.unflatten(2, truth.shape[1:]), truth)
-            for name, region in regions.items()}
+        segments[f"{k}_means"] = torch.stack([*map(torch.from_numpy, clusters)]).long()
+    return {f"iou_{name}": object_iou(F.one_hot(segment).mT.unflatten(2, truth.shape[1:]), truth)
+            for name, segment in segments.items()}
 
 
-def score(game, data, examples, test_features):
+def score(game, data, train_set, test_features):
     """The paper's scores of the encoder and of masks, by name: from 0 to 1, `ari` from −0.5 and
-    `linear_background_gap` from −1. `examples` are features [n, D] and labels int64 [n]."""
+    `linear_background_gap` from −1. `train_set` is features [n, D] and labels int64 [n]."""
     settings, classes, labels = game.settings, len(data.classes), data.test_labels
-    results = {"knn_top1": knn_accuracy(*examples, test_features, labels)}
+    results = {"knn_top1": knn_accuracy(*train_set, test_features, labels)}
     results |= cluster_metrics(test_features, labels, classes, settings.seed)
-    probe = linear_probe(*examples, classes)
-    for name, (images, their_labels) in data.backgrounds.items():
-        results[f"linear_{name}"] = top(probe(extract_features(game, images)), their_labels)
+    probe = linear_probe(*train_set, classes)
+    for name, (images, challenge_labels) in data.backgrounds.items():
+        results[f"linear_{name}"] = top(probe(extract_features(game, images)), challenge_labels)
     if {"mixed_same", "mixed_rand"} <= data.backgrounds.keys():
         same, random = results["linear_mixed_same"], results["linear_mixed_rand"]
         results["linear_background_gap"] = same - random
@@ -1592,14 +1592,14 @@ def evaluate(settings):
         return None
 
     data = load_data(settings, device)
-    labelled = (data.labels >= 0).nonzero()[:, 0]
-    examples = extract_features(game, data.images, labelled), data.labels[labelled]
+    indices = (data.labels >= 0).nonzero()[:, 0]
+    train_set = extract_features(game, data.images, indices), data.labels[indices]
     test_features = extract_features(game, data.test_images)
-    results = score(game, data, examples, test_features)
+    results = score(game, data, train_set, test_features)
     content = json.dumps(results | {"settings": asdict(settings)}, indent=2)
     write(out / "evaluation.json", lambda file: file.write(content.encode()))
     print("\n".join(f"{name:24}{value:8.3f}" for name, value in results.items()))
-    save_figure(out / "neighbours.png", plot_neighbours, data, labelled, examples[0], test_features)
+    save_figure(out / "neighbours.png", plot_neighbours, data, indices, train_set[0], test_features)
     if out != run and game.learned:
         save_figure(out / "masks.png", plot_masks, *shown_masks(game, data))
     print(f"\nevaluation.json and neighbours.png are in {out}")
