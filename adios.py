@@ -7,22 +7,23 @@ representation of both. ADIOS ("Adversarial Masking for Self-Supervised Learning
 play a min-max game over one loss L, any siamese method's:
 
     min over the encoder, max over the occluder:
-        1/N Σ_n [ L(A, B ⊙ (1 − m_n)) − λ p_n ],     p_n = 1 / sin(π · mean(m_n))
+        1/N Σ_n [ L(a, b ⊙ (1 − m_n)) − λ p_n ],     p_n = 1 / sin(π · mean(m_n))
 
-A and B are the two views, m_1 … m_N soft masks that the occluder, a U-Net, paints on B. They sum to
+a and b are the two views, m_1 … m_N soft masks that the occluder, a U-Net, paints on b. They sum to
 1 at each pixel, and the penalty p_n keeps each from hiding nothing or everything. The occluder
 gains by hiding what the encoder relies on, so its masks come to follow objects. One training step
-of ADIOS-s, which uses one of the N masks per image (ADIOS takes the mean of L over all of them):
+of ADIOS-s, which uses one of the N masks per image (ADIOS takes the mean of L over all of them),
+for a batch of B images; `embed` is the encoder with the heads that L needs:
 
     view_a, view_b = augment(images), augment(images)
     masks = occluder(view_b)                               # [B, N, H, W], a softmax over N
     mask = one of the N masks, at random for each image    # [B, 1, H, W]
-    z_a = encoder(view_a)                                  # with the heads that L needs
+    z_a = embed(view_a)
 
-    loss = L(z_a, encoder(view_b * (1 - mask.detach())))   # 0 is the mean colour
-    minimise(loss)                                         # updates the encoder
+    loss = L(z_a, embed(view_b * (1 - mask.detach())))     # 0 is the mean colour
+    minimise(loss)                                         # updates the encoder and its heads
 
-    loss = L(z_a.detach(), encoder(view_b * (1 - mask)))   # z_a from before: saves a pass
+    loss = L(z_a.detach(), embed(view_b * (1 - mask)))     # z_a from before: saves a pass
     penalty = (1 / sin(pi * masks.mean((2, 3)))).mean()
     minimise(-(loss - λ * penalty))                        # updates the occluder only
 
@@ -30,8 +31,7 @@ of ADIOS-s, which uses one of the N masks per image (ADIOS takes the mean of L o
     python adios.py --dataset stl10                        # the real thing, on a GPU
     python adios.py --evaluate runs/…/checkpoint.pt        # --help lists all settings
 
-Part one is the paper: occluder, objectives, masking schemes and the game. Part two is all else that
-it takes to play.
+Part one is the paper: occluder, objectives, masking schemes, the game. Part two is all else.
 """
 
 import sys
@@ -73,7 +73,7 @@ from tqdm import tqdm
 # ==== Part one: the paper =========================================================================
 
 # ---- The occluder --------------------------------------------------------------------------------
-# A U-Net (paper, section 3.2 and appendix). Because of the softmax the masks share out each pixel:
+# A U-Net (paper, section 3.2 and appendix). By the softmax each pixel is divided among the masks:
 # one that hides more of a thing leaves less of it to the others.
 
 
@@ -240,9 +240,9 @@ class Game:
         """Both moves on uint8 images [B, C, H, H], true masks beyond channel three. Returns by name
         the loss L, the area of each mask and, where the occluder learns, its gain L − λp."""
         (view_a, view_b), (truth_a, truth_b) = self.two_views(images)
-        anchors, views, truths = [view_a], [view_b], [truth_b]  # views[n] compares with anchors[n]
-        if self.settings.ssl == "simsiam":  # for it both views are masked, each by its own masks
-            anchors, views, truths = [view_a, view_b], [view_b, view_a], [truth_b, truth_a]
+        views, anchors, truths = [view_b], [view_a], [truth_b]  # a view to mask, and a whole one
+        if self.settings.ssl == "simsiam":  # masks both, and compares each with the other, whole
+            views, anchors, truths = [view_b, view_a], [view_a, view_b], [truth_b, truth_a]
         scheme = SCHEMES[self.settings.masks]
         with torch.set_grad_enabled(occluder_learns):
             masks = [self.paint(view) for view in views]                      # [B, N, H, H] each
@@ -271,10 +271,9 @@ class Game:
                     gain = self.loss(embeddings, views, selected) - self.penalty(masks)
                 self.minimise(-gain, self.occluder_optimizer)
 
-        report = {"gain": gain.detach()} if occluder_learns else {}
-        report["loss"] = loss.detach()
         areas = torch.cat(masks if self.learned else selected).detach().mean((0, 2, 3))
-        return report | {f"area_{n + 1}": area for n, area in enumerate(areas)}
+        report = {"loss": loss.detach()} | {f"area_{n + 1}": area for n, area in enumerate(areas)}
+        return {"gain": gain.detach()} | report if occluder_learns else report
 
     def loss(self, embeddings, views, selected):
         """L, a scalar: the mean, over views [B, 3, H, H] and the masks selected for each
@@ -311,7 +310,8 @@ class Game:
         self.model = Siamese(settings)
         if WORLD > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.occluder = Occluder(settings.image_size, settings.num_masks, settings.occluder_width)
+        self.occluder = nn.Identity() if not self.learned else Occluder(
+            settings.image_size, settings.num_masks, settings.occluder_width)
         self.memory_format = memory_format(device, settings.width)
         for network in (self.model, self.occluder):
             network.to(device, memory_format=self.memory_format)
@@ -349,7 +349,8 @@ class Game:
         """A view's Embedding, float32, with the rows of all processes."""
         with self.autocast():
             embedding = self.model(view)
-        return Embedding(*(gather(part.float()) for part in embedding))
+        parts = [gather(part.float()) for part in dict.fromkeys(embedding)]  # SimCLR's two are one
+        return Embedding(parts[0], parts[-1])
 
     def paint(self, view):
         """The occluder's masks on a view, float32 [B, N, H, H]; None where the scheme has none.
@@ -365,17 +366,17 @@ def frozen(model):
     """Let gradients through a model but none into it: its weights and its batch and instance norms'
     running statistics stay as they are (batches are still normalised by their own statistics). What
     else a forward pass changes, such as spectral norm's vectors, is not covered."""
-    changes = [(p, "requires_grad") for p in model.parameters()]
-    changes += [(m, name) for m in model.modules() if m.training
-             for name in ("track_running_stats", "momentum")]  # instance norms heed the latter
-    changes = [(owner, name, old) for owner, name in changes if (old := getattr(owner, name, None))]
+    switches = [(p, "requires_grad") for p in model.parameters()]
+    switches += [(m, name) for m in model.modules() if m.training
+                 for name in ("track_running_stats", "momentum")]  # instance norms heed the latter
+    switches = [(owner, name, on) for owner, name in switches if (on := getattr(owner, name, None))]
     try:
-        for owner, name, old in changes:
-            setattr(owner, name, type(old)(0))  # False or 0.0
+        for owner, name, on in switches:
+            setattr(owner, name, type(on)(0))  # False, or 0.0 for a momentum
         yield
     finally:
-        for owner, name, old in changes:
-            setattr(owner, name, old)
+        for owner, name, on in switches:
+            setattr(owner, name, on)
 
 
 # ==== Part two: what it takes to play =============================================================
@@ -425,13 +426,13 @@ def fastest_step(game):
 
 def make_optimizer(network, settings, constant=()):
     """AdamW, without weight decay of biases and norms; what is `constant` keeps its peak rate."""
-    device, groups = next(network.parameters()).device, {}
-    for p in filter(lambda p: p.requires_grad, network.parameters()):
-        groups.setdefault((p.ndim > 1, p in constant), []).append(p)
-    return torch.optim.AdamW([
-        dict(params=group, weight_decay=settings.weight_decay * decays, constant=stays,
-             lr=torch.zeros((), device=device) if device.type == "cuda" else 0.0)
-        for (decays, stays), group in groups.items()], fused=True, capturable=device.type == "cuda")
+    trained = [p for p in network.parameters() if p.requires_grad]
+    cuda = any(p.is_cuda for p in trained)
+    groups = [dict(params=[p for p in trained if (p.ndim > 1, p in constant) == (decays, stays)],
+                   weight_decay=settings.weight_decay * decays, constant=stays,
+                   lr=torch.zeros((), device=trained[0].device) if cuda else 0.0)
+              for decays, stays in itertools.product((True, False), repeat=2)]
+    return torch.optim.AdamW(groups, fused=True, capturable=cuda)
 
 
 def set_rate(optimizer, peak, progress):
@@ -749,13 +750,13 @@ def hide_blocks(view):
 # ---- Data ----------------------------------------------------------------------------------------
 # Images are one uint8 tensor, on the device when they fit: a batch is an index, and there are no
 # loader processes. `shapes` is drawn, so that true masks are known. Its backgrounds are a shortcut
-# to the class that hiding should cure. Two tones of each keep colours alone from finding objects.
+# to the class that hiding should cure. All have two tones, so that one colour is not an object.
 
 
 @dataclass
 class Data:
     """A data set: images uint8 [n, 3, H, W], labels int64 [n], object masks bool [n, H, W]."""
-    images: Tensor                   # for training; a fourth channel holds true masks if asked for
+    images: Tensor                   # for training; [n, 4, H, W] with true masks, if needed
     labels: Tensor                   # −1 where unlabelled; such images are used in no metric
     test_images: Tensor
     test_labels: Tensor
@@ -799,7 +800,7 @@ def two_tones(hue, value, step, darkest, *saturations):
 def draw_shapes(count, size, seed):
     """Labels int64 [n], striped objects uint8 [n, 3, H, W], their coverage of each pixel, float64
     [n, 1, H, W] in [0, 1], and backgrounds uint8 [n, 3, H, W], lit on one side of a line. The class
-    gives the shape, the hue of the stripes and, nine times in ten, that of the background. Equal
+    gives the shape, the hue of the stripes and, nine times in ten, the background's, another. Equal
     for a seed on every machine: the CPU draws, and float64 is rounded to 8 bits in the end."""
     rng, classes = torch.Generator().manual_seed(seed), len(INSIDE)
 
@@ -896,7 +897,7 @@ def find_left_out(folders, flat=False):
     require(not unreadable, "links to nothing, or folders that cannot be entered or are named as "
                             f"images, mend or remove them: {', '.join(unreadable)}")
     endings = [path.suffix.lower() or "no extension" for path in paths if not path.is_dir()
-               and not (is_picture(path) and (path.parent in folders) == flat)]
+               and not (is_picture(path) and flat == (path.parent in folders))]
     counts = ", ".join(f"{ending} {endings.count(ending)}" for ending in sorted({*endings}))
     line = f"adios: left out files not named as images or not in place, {len(endings)}: {counts}\n"
     return line if endings and not RANK else ""
@@ -1001,8 +1002,7 @@ def load_data(settings, device):
     data = (load_shapes if settings.dataset == "shapes" else load_files)(settings)
     count, memory = len(data.labels), data.images.nbytes + data.test_images.nbytes
     classes = len(data.labels[data.labels >= 0].unique())
-    left = "labelled images of one class" if classes else "no labelled image"
-    require(classes > 1, f"--limit {settings.limit} leaves {left}: give more")
+    require(classes > 1, f"--limit {settings.limit} leaves no labels of two classes: give more")
     enough = settings.batch_size <= count or settings.evaluate
     require(enough, f"--batch-size {settings.batch_size}: give {count}, all images, or less")
     if device.type != "cuda" or memory < torch.cuda.mem_get_info(device)[0] / 2:
@@ -1223,7 +1223,7 @@ EVALUATION_FILES = ("evaluation.json", "neighbours.png", "masks.png")
 PARTS = ("model", "model_optimizer", "occluder", "occluder_optimizer", "scaler")
 # The settings that decide which networks there are, which a checkpoint fixes.
 NETWORKS = "image_size ssl encoder width small_stem masks num_masks occluder_width".split()
-VERSION = 5  # of checkpoints: what another one wrote cannot be used
+VERSION = 6  # of checkpoints: what another one wrote cannot be used
 
 
 def pick_device(name, compile=False):
@@ -1339,8 +1339,8 @@ def restore(game, state, parts=PARTS):
 
 
 def check_finite(step, encoder, occluder):
-    """Raise AdiosError unless a value of the encoder's and one of the occluder's are finite at this
-    step. The occluder comes first, since its mistakes reach the encoder."""
+    """Raise AdiosError unless a value of the encoder's and one of the occluder's (loss and a mask's
+    area, or norms of weights) are finite at this step. The occluder's may spoil the encoder's."""
     for name, value, rate in (("occluder", occluder, "occluder-lr"), ("encoder", encoder, "lr")):
         problem = f"the {name}'s numbers are not finite at step {step}: try a smaller --{rate}"
         require(math.isfinite(value), problem)
@@ -1368,25 +1368,25 @@ def warn(entry, change, warned):
 def train_epoch(game, data, epoch, bar):
     """Play an epoch (from 1) and move a tqdm bar on; returns its entry of the log: epoch, the means
     of what steps report, and images_per_second. Raises AdiosError where numbers are not finite."""
-    size, epochs = game.settings.batch_size, game.settings.epochs
+    batch_size, epochs = game.settings.batch_size, game.settings.epochs
     torch.manual_seed(game.settings.seed * 2**20 + epoch)
     # [steps, batch size]; images that do not fill a batch are left out.
-    order = torch.randperm(len(data.images)).to(data.images.device).unfold(0, size, size)
+    order = torch.randperm(len(data.images)).unfold(0, batch_size, batch_size)
     if RANK:  # the same order as process 0's, but other crops
         torch.manual_seed(int(torch.randint(2**32, (RANK,))[-1]))
-    start, reports, count = time.perf_counter(), [], len(order)
-    for i, batch in enumerate(order):
+    start, reports, steps = time.perf_counter(), [], len(order)
+    for i, batch in enumerate(order.to(data.images.device)):
         images = data.images[batch[RANK::WORLD]].to(game.device)
-        reports.append(game.play(images, (epoch - 1 + i / count) / epochs))
-        bar.update(size)
-        if i % 10 == 9 or i == count - 1:  # to read numbers is to wait for the device
+        reports.append(game.play(images, (epoch - 1 + i / steps) / epochs))
+        bar.update(batch_size)
+        if i % 10 == 9 or i == steps - 1:  # to read numbers is to wait for the device
             for n in range(i - i % 10, i + 1):
                 reports[n] = {name: value.item() for name, value in reports[n].items()}
-                check_finite((epoch - 1) * count + n + 1, reports[n]["loss"], reports[n]["area_1"])
+                check_finite((epoch - 1) * steps + n + 1, reports[n]["loss"], reports[n]["area_1"])
             values = ", ".join(f"{name} {value:.2f}" for name, value in reports[-1].items())
             bar.set_postfix_str(f"epoch {epoch}/{epochs}, {values}")
-    sums = [sum(map(Tensor.sum, net.parameters())).item() for net in (game.model, game.occluder)]
-    check_finite(epoch * count, *sums)  # the weights after the last step, which no report shows
+    check_finite(epoch * steps, *(  # the weights after the last step, which no report shows
+        nn.utils.get_total_norm(net.parameters()).item() for net in (game.model, game.occluder)))
     means = {name: torch.tensor([r[name] for r in reports if name in r]).mean().item()
              for name in reports[-1] | reports[0]}  # the occluder may stop learning on the way
     speed = order.numel() / (time.perf_counter() - start)
@@ -1397,11 +1397,11 @@ def play_epochs(game, data, out, log, film):
     """Play what is left of the run after the epochs in `log` and the frames in `film`, which grow.
     Process 0 computes metrics, draws and saves on the way; the others wait in their next step."""
     epochs, warned = game.settings.epochs, set()
-    count = len(data.images) - len(data.images) % game.settings.batch_size  # images an epoch
+    seen = len(data.images) - len(data.images) % game.settings.batch_size  # images an epoch
     shown, masks = shown_masks(game, data)
     if game.learned and not log:
         film.append(film_frame(shown[:8], masks[:8], 0))
-    with tqdm(total=epochs * count, initial=len(log) * count, unit="img", disable=RANK > 0) as bar:
+    with tqdm(total=epochs * seen, initial=len(log) * seen, unit="img", disable=RANK > 0) as bar:
         for epoch in range(len(log) + 1, epochs + 1):
             start = time.perf_counter()
             entry = train_epoch(game, data, epoch, bar)
@@ -1507,9 +1507,9 @@ def finetune(game, data):
     settings, labelled = game.settings, (data.labels >= 0).nonzero()[:, 0]
     layer = nn.Linear(game.model.dim, len(data.classes), device=game.device)
     network = nn.Sequential(game.model.encoder, layer)
-    optimizer, size = make_optimizer(network, settings), min(settings.batch_size, len(labelled))
+    optimizer, count = make_optimizer(network, settings), min(settings.batch_size, len(labelled))
     for epoch in tqdm(range(settings.epochs), "fine-tuning", leave=False):
-        order = labelled[torch.randperm(len(labelled))].unfold(0, size, size)
+        order = labelled[torch.randperm(len(labelled))].unfold(0, count, count)  # full batches only
         for i, batch in enumerate(order):
             images, labels = data.images[batch].to(game.device), data.labels[batch].to(game.device)
             with game.autocast():
@@ -1570,8 +1570,8 @@ def score(game, data, train_set, test_features):
 
 def evaluate(settings):
     """Score the checkpoint settings.evaluate on its own data or on others, the paper's transfer.
-    Into settings.out go evaluation.json, neighbours.png and, unless it is the run's folder,
-    masks.png, alone for pictures without classes. Returns the scores. Raises AdiosError."""
+    Into settings.out go evaluation.json, neighbours.png and, of learned masks outside the run's
+    folder, masks.png, alone for pictures without classes. Returns the scores. Raises AdiosError."""
     device, state = pick_device(settings.device), read_checkpoint(settings.evaluate)
     out, run, root = Path(settings.out), Path(settings.evaluate).parent, Path(settings.data_dir)
     # Inside the run's folder evaluations replace earlier ones, but no other run's (with a log.csv).

@@ -218,8 +218,8 @@ def test_the_occluder_in_half_precision(device):
 # ---- The game ------------------------------------------------------------------------------------
 @parametrize("ssl", adios.OBJECTIVES)
 def test_each_move_leaves_the_other_network_untouched(ssl, monkeypatch):
-    game, states, frozen = make_game(ssl=ssl), [], adios.frozen
-    fix_views(game)
+    game, states, calls, frozen = make_game(ssl=ssl), [], [], adios.frozen
+    (_, view), *_ = fix_views(game)
     monkeypatch.setattr(adios, "frozen", lambda model: states.append(
         (snapshot(model), snapshot(game.occluder), gradients(model))) or frozen(model))
     before, occluder_before = snapshot(game.model), snapshot(game.occluder)
@@ -229,6 +229,8 @@ def test_each_move_leaves_the_other_network_untouched(ssl, monkeypatch):
     assert not same(game.occluder, occluder) and not same(game.model, before)
     assert_close(snapshot(game.model), model, atol=0, rtol=0)
     assert_close(gradients(game.model), model_gradients, atol=0, rtol=0)
+    monkeypatch.setattr(adios, "gather", lambda rows: calls.append(rows) or rows)
+    assert torch.equal(*game.embed(view)) == (ssl == "simclr") == (len(calls) == 1)  # one of its
 
 def test_frozen_puts_back_what_was_there():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4).requires_grad_(False), torch.nn.BatchNorm1d(
@@ -287,15 +289,15 @@ def test_the_occluder_stops_at_its_share_of_the_run():
     assert same(game.occluder, before) and not same(game.model, model)
 
 def test_rates_weight_decay_and_byols_target_are_as_scheduled():
-    game = make_game(ssl="byol", lr=1e-2, masks="none", weight_decay=0.3)
+    game = make_game(ssl="byol", lr=1e-2, weight_decay=0.3)
     for part in ("model", "occluder"):  # biases, norms and the target have no weight decay
         groups = getattr(game, f"{part}_optimizer").param_groups
         decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
         learned = [p for p in getattr(game, part).parameters() if p.requires_grad]
         assert decay == {p: 0.3 * (p.ndim > 1) for p in learned}
     for progress, rate in ((0, 0.2), (0.05, 1.1), (0.1, 2), (0.55, 1), (1, 0)):
-        adios.set_rate(game.model_optimizer, 2.0, progress)
-        assert [g["lr"] for g in game.model_optimizer.param_groups] == approx([rate] * 2)
+        adios.set_rate(game.occluder_optimizer, 2.0, progress)
+        assert [g["lr"] for g in groups if g["params"]] == approx([rate] * 2)
     simsiam = make_game(ssl="simsiam", lr=0.5)
     simsiam.play(shapes().images[:16], 0.7)
     rates = {p: g["lr"] for g in simsiam.model_optimizer.param_groups for p in g["params"]}
@@ -397,6 +399,7 @@ def test_every_combination_trains(ssl, encoder):
         assert report.keys() == {"loss", "area_1", *["gain", "area_2"] * learns}, masks
         assert all(value.isfinite() for value in report.values()), masks
         assert [same(*pair) for pair in zip(networks, before)] == [False, False, not learns], masks
+        assert any(True for _ in game.occluder.parameters()) == learns, masks  # else there is none
         area = dict(none=0, mae=0.75, beit=0.29).get(masks, report["area_1"].item())
         assert report["area_1"].item() == approx(area, abs=0.04)
         assert all(p.isfinite().all() for network in networks for p in network.parameters())
@@ -555,7 +558,7 @@ def test_stl10_trains_on_the_unlabelled_and_scores_on_the_labelled(monkeypatch, 
     assert sorted(data.labels.tolist()) == [-1] * 40 + sorted([*range(10)] * 4)
     assert data.test_images.shape == (40, 3, 96, 96) and data.test_labels[9:11].tolist() == [9, 0]
     write_stl10("e", train=1, unlabeled=60)
-    with pytest.raises(AdiosError, match="--limit 2 leaves no labelled image"):
+    with pytest.raises(AdiosError, match="--limit 2 leaves no labels of two classes"):
         load(dataset="stl10", data_dir="e", batch_size=2, limit=2)
     monkeypatch.setattr(adios, "knn_accuracy", lambda *a: banks.append(a[1]) or knn(*a))
     results = adios.train(Settings(**FOLDER | dict(dataset="stl10", image_size=32, epochs=1)))
