@@ -24,8 +24,8 @@ for a batch of B images; `embed` is the encoder with the heads that L needs:
     minimise(loss)                                         # updates the encoder and its heads
 
     loss = L(z_a.detach(), embed(view_b * (1 - mask)))     # z_a from before: saves a pass
-    penalty = (1 / sin(pi * masks.mean((2, 3)))).mean()
-    minimise(-(loss - λ * penalty))                        # updates the occluder only
+    penalty = λ * (1 / sin(pi * masks.mean((2, 3)))).mean()
+    minimise(-(loss - penalty))                            # updates the occluder only
 
     python adios.py                                        # drawn shapes, minutes on a laptop
     python adios.py --dataset stl10                        # the real thing, on a GPU
@@ -67,6 +67,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch import distributed as dist
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import MLP, Conv2dNormActivation
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -77,18 +78,9 @@ from tqdm import tqdm
 # one that hides more of a thing leaves less of it to the others.
 
 
-def mlp(*widths, norm=nn.BatchNorm1d):
-    """[B, first width] to [B, last]: linear layers, between them a norm and ReLU."""
-    layers = []
-    for d_in, d_out in zip(widths[:-2], widths[1:-1]):
-        layers += [nn.Linear(d_in, d_out), norm(d_out), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
-
-
 def conv_block(c_in, c_out):
-    """3×3 convolution, group norm, ReLU: [B, c_in, H, W] to [B, c_out, H, W]."""
-    conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
-    return nn.Sequential(conv, nn.GroupNorm(8, c_out), nn.ReLU(inplace=True))
+    """3×3 convolution, norm of 8 groups, ReLU: [B, c_in, H, W] to [B, c_out, H, W]."""
+    return Conv2dNormActivation(c_in, c_out, norm_layer=lambda c: nn.GroupNorm(8, c))
 
 
 class Occluder(nn.Module):
@@ -101,10 +93,10 @@ class Occluder(nn.Module):
         depth = int(math.log2(image_size) - 1)
         channels = [width] * (depth - 3) + [2 * width] * 3
         self.down = nn.ModuleList(map(conv_block, [3, *channels], channels))
-        joined = [2 * c for c in channels[::-1]]  # with the skip connections
-        self.up = nn.ModuleList(map(conv_block, joined, [*channels[-2::-1], width]))
+        back = channels[::-1]  # on the way up; with the skip connection twice as many go in
+        self.up = nn.ModuleList(map(conv_block, [2 * c for c in back], [*back[1:], width]))
         flat = channels[-1] * math.ceil(image_size / 2**(depth - 1))**2
-        self.mlp = mlp(flat, 128, 128, flat, norm=nn.Identity).append(nn.ReLU())
+        self.mlp = MLP(flat, [128, 128, flat]).append(nn.ReLU())
         self.to_masks = nn.Conv2d(width, num_masks, 1)
         # Masks that start alike get like gradients and may never part. So at first logits have a
         # standard deviation of about 5 and, on noise, a mean of 0: masks differ, areas hardly.
@@ -123,7 +115,7 @@ class Occluder(nn.Module):
             skips.append(x)
         x = self.mlp(x.flatten(1)).view(x.shape)  # sees the whole image at once
         for block, skip in zip(self.up, skips[::-1]):
-            x = block(torch.cat((F.interpolate(x, skip.shape[2:]), skip), 1))  # and upsampling
+            x = block(torch.cat((F.interpolate(x, skip.shape[2:]), skip), 1))  # nearest upsampling
         return self.to_masks(x)
 
 
@@ -171,8 +163,8 @@ OBJECTIVES = {  # the Embeddings of an unmasked view and of the other one, maske
 
 
 class Siamese(nn.Module):
-    """An encoder, views [B, 3, H, H] to features [B, dim], and its heads, features to an Embedding,
-    as wide as in the ADIOS paper or, for thin encoders, in proportion."""
+    """An encoder, views [B, 3, H, H] to features [B, dim], and its heads, features to an Embedding;
+    hidden layers are as wide as in the ADIOS paper or, for thin encoders, in proportion."""
 
     def __init__(self, settings):
         super().__init__()
@@ -180,16 +172,16 @@ class Siamese(nn.Module):
         hidden = min(4 * self.dim, 2048)
         self.predictor = self.target_network = None
         if settings.ssl == "simclr":
-            self.projector = mlp(self.dim, hidden, 128, norm=nn.Identity)
+            self.projector = MLP(self.dim, [hidden, 128])
         elif settings.ssl == "byol":
-            self.projector = mlp(self.dim, 2 * hidden, 256)
-            self.predictor = mlp(256, 4 * hidden, 256)
+            self.projector = MLP(self.dim, [2 * hidden, 256], nn.BatchNorm1d)
+            self.predictor = MLP(256, [4 * hidden, 256], nn.BatchNorm1d)
             self.target_network = copy.deepcopy(nn.Sequential(self.encoder, self.projector))
             self.target_network.requires_grad_(False)
         elif settings.ssl == "simsiam":
-            self.projector = mlp(self.dim, hidden, hidden, hidden)
+            self.projector = MLP(self.dim, [hidden] * 3, nn.BatchNorm1d)
             self.projector.append(nn.BatchNorm1d(hidden, affine=False))
-            self.predictor = mlp(hidden, hidden // 4, hidden)
+            self.predictor = MLP(hidden, [hidden // 4, hidden], nn.BatchNorm1d)
 
     def forward(self, view):
         projection = self.projector(self.encoder(view))
@@ -233,11 +225,11 @@ LEARNED = ("adios", "adios-s")  # the schemes that need an occluder
 
 
 class Game:
-    """The two players, `model` (encoder and heads) and `occluder`, and a step of their game. What
-    it calls is above, below or in part two; `gather` there joins the rows of several processes."""
+    """The two players, `model` (encoder and heads) and `occluder`, and a step of their game. Its
+    helpers follow or are in part two; `gather` there joins the rows of several processes."""
 
     def step(self, images, occluder_learns):
-        """Both moves on uint8 images [B, C, H, H], true masks beyond channel three. Returns by name
+        """Both moves on uint8 images [B, 3, H, H] ([B, 4, H, H] with true masks). Returns by name
         the loss L, the area of each mask and, where the occluder learns, its gain L − λp."""
         (view_a, view_b), (truth_a, truth_b) = self.two_views(images)
         views, anchors, truths = [view_b], [view_a], [truth_b]  # a view to mask, and a whole one
@@ -263,8 +255,8 @@ class Game:
             self.minimise(loss, self.model_optimizer)
             self.model.update_target_network(self.target_rate)
 
-            # The occluder's move: up on the same loss less its penalty, hence the sign, through an
-            # encoder that is held still. Only the masked views are encoded anew.
+            # The occluder's move: up on the same loss less its penalty, hence the sign, through a
+            # model that is held still. Only the masked views are encoded anew.
             if occluder_learns:
                 embeddings = [Embedding(*map(Tensor.detach, z)) for z in embeddings]
                 with frozen(self.model):  # in the forward pass; the backward pass may come later
@@ -273,7 +265,7 @@ class Game:
 
         areas = torch.cat(masks if self.learned else selected).detach().mean((0, 2, 3))
         report = {"loss": loss.detach()} | {f"area_{n + 1}": area for n, area in enumerate(areas)}
-        return {"gain": gain.detach()} | report if occluder_learns else report
+        return ({"gain": gain.detach()} if occluder_learns else {}) | report
 
     def loss(self, embeddings, views, selected):
         """L, a scalar: the mean, over views [B, 3, H, H] and the masks selected for each
@@ -283,7 +275,7 @@ class Game:
             for mask in selected[n].to(view.dtype).split(1, 1):
                 masked = self.embed(view * (1 - mask))  # what is hidden gets 0, the mean colour
                 losses.append(objective(embeddings[n], masked, self.settings.temperature))
-                if self.settings.ssl == "simsiam":  # half of its loss is of the unmasked pair
+                if self.settings.ssl == "simsiam":  # half of its loss: the two anchors, unmasked
                     losses.append(objective(embeddings[n], embeddings[1 - n], None))
         return torch.stack(losses).mean()
 
@@ -320,7 +312,7 @@ class Game:
         self.occluder_optimizer = make_optimizer(self.occluder, settings)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.target_rate = torch.zeros((), device=device)
-        self.play_step = fastest_step(self)
+        self.fast_step = fastest_step(self)
 
     def play(self, images, progress):
         """A step at `progress`, 0 to 1, of the run; returns what `step` does."""
@@ -328,11 +320,11 @@ class Game:
         set_rate(self.model_optimizer, self.settings.lr, progress)
         set_rate(self.occluder_optimizer, self.settings.occluder_lr, min(1, progress / share))
         self.target_rate.fill_(0.01 * (1 + math.cos(math.pi * progress)) / 2)  # momentum 0.99 to 1
-        return self.play_step(images, self.learned and progress < share)
+        return self.fast_step(images, self.learned and progress < share)
 
     def two_views(self, images):
-        """Two random views of uint8 images [B, C, H, H]: normalised colours [B, 3, H, H], and the
-        same crops of what further channels there are, [B, C − 3, H, H]."""
+        """Two random views of uint8 images [B, C, H, H]: a pair of normalised [B, 3, H, H], and a
+        pair of the same crops of what further channels there are, [B, C − 3, H, H]."""
         views = augment(torch.cat((images, images)), self.settings)
         return self.normalise(views[:, :3]).chunk(2), views[:, 3:].chunk(2)
 
@@ -348,8 +340,8 @@ class Game:
     def embed(self, view):
         """A view's Embedding, float32, with the rows of all processes."""
         with self.autocast():
-            embedding = self.model(view)
-        parts = [gather(part.float()) for part in dict.fromkeys(embedding)]  # SimCLR's two are one
+            parts = dict.fromkeys(self.model(view))  # SimCLR's two are one tensor, gathered once
+        parts = [gather(part.float()) for part in parts]
         return Embedding(parts[0], parts[-1])
 
     def paint(self, view):
@@ -366,17 +358,20 @@ def frozen(model):
     """Let gradients through a model but none into it: its weights and its batch and instance norms'
     running statistics stay as they are (batches are still normalised by their own statistics). What
     else a forward pass changes, such as spectral norm's vectors, is not covered."""
-    switches = [(p, "requires_grad") for p in model.parameters()]
-    switches += [(m, name) for m in model.modules() if m.training
-                 for name in ("track_running_stats", "momentum")]  # instance norms heed the latter
-    switches = [(owner, name, on) for owner, name in switches if (on := getattr(owner, name, None))]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    norms = [m for m in model.modules() if m.training and getattr(m, "track_running_stats", False)]
+    momenta = [norm.momentum for norm in norms]
     try:
-        for owner, name, on in switches:
-            setattr(owner, name, type(on)(0))  # False, or 0.0 for a momentum
+        for p in weights:
+            p.requires_grad = False
+        for norm in norms:  # batch norms heed the former, instance norms the latter
+            norm.track_running_stats, norm.momentum = False, 0.0
         yield
     finally:
-        for owner, name, on in switches:
-            setattr(owner, name, on)
+        for p in weights:
+            p.requires_grad = True
+        for norm, momentum in zip(norms, momenta):
+            norm.track_running_stats, norm.momentum = True, momentum
 
 
 # ==== Part two: what it takes to play =============================================================
@@ -529,7 +524,7 @@ class Settings:
     sparsity: float = option("λ (the authors' α is λ / N with adios-s)", None, 0, 1000)
     temperature: float = option("of NT-Xent", 0.2, 1e-3, 1000)
     min_crop: float = option("smallest share of an image that a crop covers", None, 1e-3, 1)
-    jitter: float = option("colours change by ± 0.8 times this, hue by ± 0.2", 0.5, 0, 1.25)
+    jitter: float = option("colours change by up to 0.8 times this, hue by 0.2", 0.5, 0, 1.25)
     blur: float = option("probability of Gaussian blur", None, 0, 1)
     limit: int = option("training images to use, of shapes to draw (0: all)", 0, 0, 10**9)
     seed: int = option("of data, weights, order and crops", 0, 0, 2**12 - 1)
@@ -667,9 +662,9 @@ def shift_hue_(images, shift):
     red, green, blue = images.unbind(1)
     highest = images.amax(1)  # [B, H, W]
     chroma = highest - images.amin(1)
-    hue = torch.where(highest == red, green - blue, torch.where(  # in sixths of a turn × chroma
+    sixths = torch.where(highest == red, green - blue, torch.where(  # of a turn, times chroma
         highest == green, blue - red + 2 * chroma, red - green + 4 * chroma))
-    hue = hue.div_(6 * chroma.clamp_min(1e-12)).add_(2 + shift).frac_().mul_(6)
+    hue = sixths.div_(6 * chroma.clamp_min(1e-12)).add_(2 + shift).frac_().mul_(6)
     away = 3 - (hue - 3).abs_(), (hue - 2).abs_(), (hue - 4).abs_()  # from red, green and blue
     for channel, distance in zip((red, green, blue), away):
         torch.addcmul(highest, chroma, (distance - 1).clamp_(0, 1), value=-1, out=channel)
@@ -730,8 +725,8 @@ def hide_patches(view):
 
 def hide_blocks(view):
     """BEiT (arXiv 2106.08254, algorithm 1): up to twelve rectangles that cover 30 %, as the ADIOS
-    paper has it, or a little less, since sides are rounded down; each 8 % of the image or more
-    while so much is missing, log aspect ratio uniform in ± log 0.3."""
+    paper has it, or a little less, since they overlap and sides are rounded down; each 8 % of the
+    image or more while so much is missing, log aspect ratio uniform in ± log 0.3."""
     count, size, device = len(view), view.shape[-1], view.device
     masked = torch.zeros(count, size, size, dtype=torch.bool, device=device)
     line = torch.arange(size, device=device)
@@ -789,10 +784,10 @@ INSIDE = {
 
 def two_tones(hue, value, step, darkest, *saturations):
     """RGB, int16 [2, n, 3, 1, 1] from 0 to 255: one hue at `value` (of HSV) and at value + step, or
-    − step where + would leave `darkest` to 1, each with its saturation. All but `darkest` are [n],
-    hues in turns, the others in shares of 1."""
+    − step where + would leave `darkest` to 1 (by up to 0.05), each with its saturation. All but
+    `darkest` are [n], hues in turns, the others from 0 to 1."""
     other = torch.where((value + step < darkest) | (value + step > 1), value - step, value + step)
-    other = other.clamp(darkest - 0.05, 1)  # − step may leave the range, too
+    other = other.clamp(darkest - 0.05, 1)
     hsv = torch.stack((hue % 1, hue % 1, *saturations, value, other)).view(3, 2, -1).movedim(0, 2)
     return torch.from_numpy(255 * hsv_to_rgb(hsv.numpy())).round().short()[..., None, None]
 
@@ -800,7 +795,7 @@ def two_tones(hue, value, step, darkest, *saturations):
 def draw_shapes(count, size, seed):
     """Labels int64 [n], striped objects uint8 [n, 3, H, W], their coverage of each pixel, float64
     [n, 1, H, W] in [0, 1], and backgrounds uint8 [n, 3, H, W], lit on one side of a line. The class
-    gives the shape, the hue of the stripes and, nine times in ten, the background's, another. Equal
+    gives the shape, the hue of the stripes and, nine times in ten, another of the background. Equal
     for a seed on every machine: the CPU draws, and float64 is rounded to 8 bits in the end."""
     rng, classes = torch.Generator().manual_seed(seed), len(INSIDE)
 
@@ -872,7 +867,7 @@ EXTENSIONS = {extension for extension, form in Image.registered_extensions().ite
 
 
 def is_picture(path):
-    """Whether a file is named as an image that Pillow reads (MPO as JPEG) and is not hidden."""
+    """Whether a file is named as an image that Pillow reads (MPO as a JPEG), and not hidden."""
     return os.path.basename(path)[0] != "." and Path(path).suffix.lower() in EXTENSIONS
 
 
@@ -937,7 +932,8 @@ def open_files(settings):
         splits = {"train": make(root, train, download=True), "val": make(root, val, download=True)}
         classes = splits["train"].classes
         places = {name: place for name in CHALLENGE for place in (f"{name}/val", name)
-                  if any((root / place / label).is_dir() for label in classes)}
+                  if {unicodedata.normalize("NFC", path.name) for path in
+                      (root / place).glob("*/")} & {*classes}}
         if make is Pictures and "mixed_rand" in places:
             splits |= {name: Pictures(root, place) for name, place in places.items()}
     except (OSError, RuntimeError, ValueError) as error:
@@ -989,7 +985,7 @@ def decode(items, size):
 
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's of tags, which do not name the file
-        done = tqdm(pool.map(fill, range(len(items))), "decoding", len(items), False, delay=1)
+        done = tqdm(pool.map(fill, range(len(items))), "decoding", len(items), leave=False, delay=1)
         bad = list(filter(None, done))
     more = f" and {len(bad) - 10} more" * (len(bad) > 10)
     require(not bad, f"not readable as images: {', '.join(bad[:10])}{more}; repair or remove them")
@@ -1127,7 +1123,7 @@ COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#C
 
 
 def overlay(images, masks):
-    """Masks [n, N, H, W] in their colours over uint8 images in grey, [n, 3, H, W] in [0, 1]."""
+    """Masks [n, N, H, W] in their colours over grey uint8 images: [n, 3, H, W] in [0, 1]."""
     palette = torch.tensor([to_rgb(COLOURS[n % 8]) for n in range(masks.shape[1])])
     colours = torch.einsum("bnhw,nc->bchw", masks.cpu().float(), palette)
     return 0.35 * TF.rgb_to_grayscale(images.cpu(), 3) / 255 + 0.65 * colours
@@ -1348,7 +1344,7 @@ def check_finite(step, encoder, occluder):
 
 def warn(entry, change, warned):
     """Say once each (`warned` remembers) what looks wrong in an epoch's entry of the log; `change`
-    is the mean of |Δm|, 0 to 1, since metrics were last computed."""
+    is the mean of |Δm|, 0 to 1, since metrics were last computed or the run resumed."""
     areas = [area for name, area in entry.items() if name.startswith("area_")]
     collapsed, stopped = entry["embedding_spread"] < 0.05, "gain" in entry and change < 1e-4
     full = len(areas) > 1 and max(areas) > 0.98
@@ -1397,11 +1393,11 @@ def play_epochs(game, data, out, log, film):
     """Play what is left of the run after the epochs in `log` and the frames in `film`, which grow.
     Process 0 computes metrics, draws and saves on the way; the others wait in their next step."""
     epochs, warned = game.settings.epochs, set()
-    seen = len(data.images) - len(data.images) % game.settings.batch_size  # images an epoch
+    count = len(data.images) - len(data.images) % game.settings.batch_size  # images an epoch
     shown, masks = shown_masks(game, data)
     if game.learned and not log:
         film.append(film_frame(shown[:8], masks[:8], 0))
-    with tqdm(total=epochs * seen, initial=len(log) * seen, unit="img", disable=RANK > 0) as bar:
+    with tqdm(total=epochs * count, initial=len(log) * count, unit="img", disable=RANK > 0) as bar:
         for epoch in range(len(log) + 1, epochs + 1):
             start = time.perf_counter()
             entry = train_epoch(game, data, epoch, bar)
@@ -1571,7 +1567,7 @@ def score(game, data, train_set, test_features):
 def evaluate(settings):
     """Score the checkpoint settings.evaluate on its own data or on others, the paper's transfer.
     Into settings.out go evaluation.json, neighbours.png and, of learned masks outside the run's
-    folder, masks.png, alone for pictures without classes. Returns the scores. Raises AdiosError."""
+    folder, masks.png; of pictures without classes that only. Returns scores. Raises AdiosError."""
     device, state = pick_device(settings.device), read_checkpoint(settings.evaluate)
     out, run, root = Path(settings.out), Path(settings.evaluate).parent, Path(settings.data_dir)
     # Inside the run's folder evaluations replace earlier ones, but no other run's (with a log.csv).
@@ -1602,7 +1598,7 @@ def evaluate(settings):
     save_figure(out / "neighbours.png", plot_neighbours, data, indices, train_set[0], test_features)
     if out != run and game.learned:
         save_figure(out / "masks.png", plot_masks, *shown_masks(game, data))
-    print(f"\nevaluation.json and neighbours.png are in {out}")
+    print(f"\nevaluation.json and pictures are in {out}")
     return results
 
 

@@ -649,6 +649,9 @@ def test_images_of_all_kinds_are_read(refused):
         entries = b"".join(struct.pack("<HHIi", tag, 9, 1, tags[tag]) for tag in sorted(tags))
         exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries
         photo.save(f"d/val/cat/{n}.jpg", exif=exif if tags else b"Exif\0\0nonsense")
+    for place in product(("train", "val", "mixed_rand"), ("a\u0308", "o\u0308")):
+        shutil.copytree("d/val/cat", Path("e", *place))
+    assert load(data_dir="e").backgrounds.keys() == {"mixed_rand"}
     turned, *others = load(batch_size=2).test_images[[7, 9, 11]]  # 0.jpg, 1.jpg, 2.jpg of cat
     assert turned[:, :, 40:].min() > 200 and all(other[:, :24].min() > 200 for other in others)
     for mode in ("I", "I;16", "F"):
@@ -1219,7 +1222,7 @@ def test_a_compiled_step_is_the_plain_one(monkeypatch):
         torch.manual_seed(0)
         games.append(game := make_game(compile=compiled, masks="adios", ssl="byol"))
         game.model.double(), game.occluder.double()  # Adam magnifies float32's noise
-        fix_views(game.play_step.__self__)
+        fix_views(game.fast_step.__self__)
         reports.append([game.play(None, 0.1) for _ in range(3)])
         assert bool(traced) == compiled
     masks, *views = traced  # views without and with a gradient
@@ -1258,7 +1261,7 @@ def test_a_captured_step_is_the_plain_one(ssl, masks):
         plain, expected, _ = play_steps(10, **args, cuda_graph=False)
         game, reports, _ = play_steps(10, **args)
         _, (first,), _ = play_steps(1, **args | dict(cuda_graph=False, compile=False))
-        assert not hasattr(plain.play_step, "graph") and game.play_step.graph is not None
+        assert not hasattr(plain.fast_step, "graph") and game.fast_step.graph is not None
         assert reports[0] == approx(first, rel=2e-2, abs=2e-2)  # compilation rounds otherwise
         for n, (ours, theirs) in enumerate(zip(reports, expected)):
             close = 5e-3 if n < 4 else 2e-2
@@ -1269,7 +1272,7 @@ def test_a_captured_step_is_the_plain_one(ssl, masks):
 def test_another_capture_follows_when_the_occluder_stops():
     game, reports, states = play_steps(17, stop=8)
     assert ["gain" in report for report in reports] == [True] * 8 + [False] * 9
-    assert game.play_step.graph is not None and not same(game.model, states[16][0])
+    assert game.fast_step.graph is not None and not same(game.model, states[16][0])
     assert same(game.occluder, states[8][1]) and not same(game.occluder, states[7][1])
     assert all(math.isfinite(report["loss"]) for report in reports)
 
@@ -1287,7 +1290,7 @@ def test_a_run_goes_on_on_another_device(monkeypatch, light, device):
         adios.main(flags(**args, resume=True, device=other, cuda_graph=graph, out=n))
         (values, state), game = weights(f"{n}"), games[n]
         assert len(state["log"]) == 2 and all(value.isfinite().all() for value in values)
-        assert (getattr(game.play_step, "graph", None) is not None) == (n == 0)
+        assert (getattr(game.fast_step, "graph", None) is not None) == (n == 0)
         for group in game.model_optimizer.param_groups:
             assert group["fused"] and group["capturable"] == (other == "cuda")
             assert isinstance(group["lr"], torch.Tensor) == (other == "cuda")
@@ -1299,7 +1302,7 @@ def test_a_run_goes_on_on_another_device(monkeypatch, light, device):
 def test_float16_trains_and_is_not_captured(monkeypatch):
     monkeypatch.setattr(adios, "precision", lambda device: torch.float16)
     game, reports, states = play_steps(20, masks="adios")
-    assert game.scaler.is_enabled() and game.play_step == game.step
+    assert game.scaler.is_enabled() and game.fast_step == game.step
     assert all(math.isfinite(value) for report in reports for value in report.values())
     assert not same(game.model, states[0][0]) and not same(game.occluder, states[0][1])
 
