@@ -209,7 +209,7 @@ def pick_one(masks):
     return masks.take_along_dim(index, 1)
 
 
-# From a view, the occluder's masks (or None) and the object's [B, 1, H, H] (or no channel).
+# A scheme gets a view, its N masks (or None) and the object's, [B, 1, H, H] (or no channel).
 SCHEMES = {
     "none": lambda view, masks, truth: torch.zeros_like(view[:, :1]),
     "mae": lambda view, masks, truth: hide_patches(view),
@@ -883,16 +883,17 @@ def read_picture(path):
 
 
 def find_left_out(folders, flat=False):
-    """A line that counts the files, hidden ones aside, not named as images or not in a class's
-    folder (flat: in the folder itself), or "". Raises AdiosError that names broken links."""
+    """A line that counts the files, hidden ones aside, not named as images or not in place (in a
+    class's folder or, if flat, not in one), or "". Raises AdiosError that names broken links."""
     paths = [Path(folder, name) for folder in folders
              for name in glob.glob("**", root_dir=folder, recursive=True)]
-    unreadable = [str(path) for path in paths
-                  if (path.is_dir() if is_picture(path) else not os.access(path, os.R_OK))]
+    unreadable = [str(path) for path in paths if (  # pictures are opened later
+        path.is_dir() if is_picture(path) else not os.access(path, os.R_OK))]
     require(not unreadable, "links to nothing, or folders that cannot be entered or are named as "
                             f"images, mend or remove them: {', '.join(unreadable)}")
-    endings = [path.suffix.lower() or "no extension" for path in paths if not path.is_dir()
-               and not (is_picture(path) and flat == (path.parent in folders))]
+    left_out = [path for path in paths if not path.is_dir()
+                and not (is_picture(path) and flat == (path.parent in folders))]
+    endings = [path.suffix.lower() or "no extension" for path in left_out]
     counts = ", ".join(f"{ending} {endings.count(ending)}" for ending in sorted({*endings}))
     line = f"adios: left out files not named as images or not in place, {len(endings)}: {counts}\n"
     return line if endings and not RANK else ""
