@@ -98,8 +98,8 @@ class Occluder(nn.Module):
         flat = channels[-1] * math.ceil(image_size / 2**(depth - 1))**2
         self.mlp = MLP(flat, [128, 128, flat]).append(nn.ReLU())
         self.to_masks = nn.Conv2d(width, num_masks, 1)
-        # Masks that start alike get like gradients and may never part. So at first logits have a
-        # standard deviation of about 5 and, on noise, a mean of 0: masks differ, areas hardly.
+        # Masks that start alike get like gradients and may never part. So logits start with a standard
+        # deviation of about 5 (if N ≤ c) and, on noise, a mean of 0: masks differ, areas hardly.
         nn.init.orthogonal_(self.to_masks.weight, 10)
         with torch.no_grad():
             noise = torch.randn(2, 3, image_size, image_size)
@@ -133,7 +133,7 @@ def sparsity_penalty(masks):
 
 class Embedding(NamedTuple):
     """A view as the loss sees it, [B, D] each."""
-    prediction: Tensor  # of the other view's target; for SimCLR, which predicts none, projection
+    prediction: Tensor  # of the other view's target; SimCLR predicts none: its projection
     target: Tensor      # the projection, for BYOL the target network's; SimCLR does not use it
 
 
@@ -209,7 +209,7 @@ def pick_one(masks):
     return masks.take_along_dim(index, 1)
 
 
-# A scheme gets a view, its N masks (or None) and the object's, [B, 1, H, H] (or no channel).
+# A scheme gets a view, its N masks (or None), the true one [B, 1, H, H] ([B, 0, H, H]: unknown).
 SCHEMES = {
     "none": lambda view, masks, truth: torch.zeros_like(view[:, :1]),
     "mae": lambda view, masks, truth: hide_patches(view),
@@ -232,7 +232,7 @@ class Game:
         """Both moves on uint8 images [B, 3, H, H] ([B, 4, H, H] with true masks). Returns by name
         the loss L, the area of each mask and, where the occluder learns, its gain L − λp."""
         (view_a, view_b), (truth_a, truth_b) = self.two_views(images)
-        views, anchors, truths = [view_b], [view_a], [truth_b]  # a view to mask, and a whole one
+        views, anchors, truths = [view_b], [view_a], [truth_b]  # to mask; left whole; true masks
         if self.settings.ssl == "simsiam":  # masks both, and compares each with the other, whole
             views, anchors, truths = [view_b, view_a], [view_a, view_b], [truth_b, truth_a]
         scheme = SCHEMES[self.settings.masks]
@@ -259,7 +259,7 @@ class Game:
             # model that is held still. Only the masked views are encoded anew.
             if occluder_learns:
                 embeddings = [Embedding(*map(Tensor.detach, z)) for z in embeddings]
-                with frozen(self.model):  # in the forward pass; the backward pass may come later
+                with frozen(self.model):  # while the graph is built; that is enough
                     gain = self.loss(embeddings, views, selected) - self.penalty(masks)
                 self.minimise(-gain, self.occluder_optimizer)
 
@@ -315,7 +315,7 @@ class Game:
         self.fast_step = fastest_step(self)
 
     def play(self, images, progress):
-        """A step at `progress`, 0 to 1, of the run; returns what `step` does."""
+        """Set the rates for `progress`, 0 to 1, of the run; then `step`, by the fastest way."""
         share = self.settings.occluder_share
         set_rate(self.model_optimizer, self.settings.lr, progress)
         set_rate(self.occluder_optimizer, self.settings.occluder_lr, min(1, progress / share))
@@ -333,20 +333,20 @@ class Game:
         return ((images - self.mean) / self.std).to(self.dtype, memory_format=self.memory_format)
 
     def autocast(self):
-        """Half precision where the device has it; a context for forward passes."""
+        """A context for forward passes in the precision that suits the device."""
         return (contextlib.nullcontext() if self.dtype == torch.float32 else
                 torch.autocast(self.device.type, self.dtype))
 
     def embed(self, view):
         """A view's Embedding, float32, with the rows of all processes."""
         with self.autocast():
-            parts = dict.fromkeys(self.model(view))  # SimCLR's two are one tensor, gathered once
-        parts = [gather(part.float()) for part in parts]
-        return Embedding(parts[0], parts[-1])
+            prediction, target = self.model(view)
+        gathered = gather(prediction.float())
+        return Embedding(gathered, gathered if target is prediction else gather(target.float()))
 
     def paint(self, view):
         """The occluder's masks on a view, float32 [B, N, H, H]; None where the scheme has none.
-        All but the softmax runs in the view's precision, since a U-Net's cost is its memory's."""
+        All but the softmax runs in the view's precision; autocast would keep norms in float32."""
         if not self.learned:
             return None
         weights = {name: p.to(view.dtype) for name, p in self.occluder.named_parameters()}
@@ -410,8 +410,8 @@ class CapturedStep:
 
 
 def fastest_step(game):
-    """Game.step, compiled and captured where settings and device allow. Capturing needs bfloat16
-    (float16 needs loss scaling, for which the host reads numbers) and one process."""
+    """Game.step, captured and with compiled networks where that is possible. Capturing needs
+    bfloat16 (float16 needs loss scaling, for which the host reads numbers) and one process."""
     can_capture = game.device.type == "cuda" and game.dtype == torch.bfloat16 and WORLD == 1
     if game.settings.compile:  # in a copy: metrics and pictures are not worth the wait
         game = copy.copy(game)
@@ -482,7 +482,7 @@ FOLDER = STL10 | dict(image_size=64, width=24, occluder_width=8, num_masks=4, ep
                       batch_size=128)
 PRESETS = {"shapes": SHAPES, "stl10": STL10, "cifar10": CIFAR, "cifar100": CIFAR,
            "flowers102": STL10 | dict(batch_size=128), "folder": FOLDER}
-OTHER_LR = {"byol": 2e-3, "simsiam": 2e-3, "vit_tiny": 5e-4}  # on any data set; vit_tiny's wins
+OTHER_LR = {"byol": 2e-3, "simsiam": 2e-3, "vit_tiny": 5e-4}  # on any data set; the encoder's wins
 
 
 class AdiosError(ValueError):
@@ -638,7 +638,7 @@ def random_boxes(count, size, min_crop, device):
     fits = ((sides > 0) & (sides <= size)).all(2, keepdim=True)
     first = fits.int().argmax(1, keepdim=True)  # the first try that fits, or try 0
     sides = torch.where(fits, sides, size).take_along_dim(first, 1)[:, 0]
-    corner = torch.rand(count, 2, device=device) * (size - sides + 1)
+    corner = uniform(0, size - sides + 1, count, 2, device=device)
     return torch.cat((corner.floor(), sides), 1)
 
 
@@ -733,10 +733,10 @@ def hide_blocks(view):
     for _ in range(12):
         missing = (0.3 * size**2 - masked.sum((1, 2))).clamp_min(0)  # [B], in pixels
         least = missing.clamp_max(0.08 * size**2)
-        area = least + (missing - least) * torch.rand(count, device=device)
+        area = uniform(least, missing, count, device=device)
         ratio = uniform(math.log(0.3), -math.log(0.3), count, device=device).exp()
         sides = torch.stack((area * ratio, area / ratio)).sqrt().floor().clamp_max(size)  # [2, B]
-        first = (torch.rand(2, count, device=device) * (size - sides + 1)).floor()
+        first = uniform(0, size - sides + 1, 2, count, device=device).floor()
         rows, columns = (line >= first[:, :, None]) & (line < (first + sides)[:, :, None])
         masked |= rows[:, :, None] & columns[:, None, :]
     return masked[:, None].to(view.dtype)
@@ -785,7 +785,7 @@ INSIDE = {
 def two_tones(hue, value, step, darkest, *saturations):
     """RGB, int16 [2, n, 3, 1, 1] from 0 to 255: one hue at `value` (of HSV) and at value + step, or
     − step where + would leave `darkest` to 1 (by up to 0.05), each with its saturation. All but
-    `darkest` are [n], hues in turns, the others from 0 to 1."""
+    `darkest` are [n], hues in turns."""
     other = torch.where((value + step < darkest) | (value + step > 1), value - step, value + step)
     other = other.clamp(darkest - 0.05, 1)
     hsv = torch.stack((hue % 1, hue % 1, *saturations, value, other)).view(3, 2, -1).movedim(0, 2)
@@ -795,7 +795,7 @@ def two_tones(hue, value, step, darkest, *saturations):
 def draw_shapes(count, size, seed):
     """Labels int64 [n], striped objects uint8 [n, 3, H, W], their coverage of each pixel, float64
     [n, 1, H, W] in [0, 1], and backgrounds uint8 [n, 3, H, W], lit on one side of a line. The class
-    gives the shape, the hue of the stripes and, nine times in ten, another of the background. Equal
+    gives the shape, the stripes' hue and, nine times in ten, the background's, another one. Equal
     for a seed on every machine: the CPU draws, and float64 is rounded to 8 bits in the end."""
     rng, classes = torch.Generator().manual_seed(seed), len(INSIDE)
 
@@ -815,9 +815,9 @@ def draw_shapes(count, size, seed):
     lights = two_tones(hue + draw(-0.02, 0.02), draw(0.35, 0.95), draw_signed(0.2, 0.45), 0.25,
                        saturation, saturation + draw(-0.2, 0.2))
     grain = torch.randint(-10, 11, (count, 1, size, size), generator=rng)
-    noise, saturation = torch.randn(count, generator=rng, dtype=torch.float64), draw(0.4, 1)
+    noise, vividness = torch.randn(count, generator=rng, dtype=torch.float64), draw(0.4, 1)
     stripes = two_tones((3 * labels + 5) / classes + 0.03 * noise, draw(0.35, 0.95),
-                        draw_signed(0.25, 0.5), 0.2, saturation, saturation)
+                        draw_signed(0.25, 0.5), 0.2, vividness, vividness)
 
     # Where they are. Lengths are in units of the image's side.
     turn, stripe_turn, edge_turn = draw(0, math.tau), draw(0, math.tau), draw(0, math.tau)
@@ -925,9 +925,9 @@ CHALLENGE = "original mixed_same mixed_rand mixed_next only_fg no_fg only_bg_b o
 
 
 def open_files(settings):
-    """Torchvision's data sets by name, their images unread: "train", "val" and, of a `folder`, what
-    it has of the challenge, in <name>/<class>/ or <name>/val/<class>/. Raises AdiosError if they
-    cannot be opened or have fewer than two classes or not all the same."""
+    """Torchvision's data sets by name, their images unread: "train", "val" and, of a `folder` with
+    mixed_rand, what it has of the challenge, in <name>/<class>/ or <name>/val/<class>/. Raises
+    AdiosError if they cannot be opened or have fewer than two classes or not all the same."""
     root, (make, train, val, _) = Path(settings.data_dir), FILES[settings.dataset]
     try:
         splits = {"train": make(root, train, download=True), "val": make(root, val, download=True)}
@@ -1119,7 +1119,7 @@ def compute_metrics(game, data):
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-# Okabe and Ito's colours, told apart by the colour-blind too; mask n has the n-th everywhere.
+# Okabe and Ito's colours, told apart by the colour-blind too; masks have them in turn everywhere.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 
 
@@ -1275,8 +1275,8 @@ def reserve(out, undo):
 
 
 def write(path, save):
-    """Make a file as a whole or not at all: save(file) fills another, which then takes its place.
-    Raises AdiosError where that fails."""
+    """Make a file as a whole or not at all: what save(file) writes goes to another file, which then
+    takes its place. Raises AdiosError where that fails."""
     content, unfinished = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.part")
     save(content)
     try:
@@ -1294,7 +1294,7 @@ def write(path, save):
 
 def save_run(out, game, log, film):
     """Write log.csv and, in checkpoint.pt, the settings and all else that a run needs to go on."""
-    names = list(dict.fromkeys(name for entry in log for name in entry))  # in order, once each
+    names = dict.fromkeys(name for entry in log for name in entry)  # in order, once each
     table = [names, *([str(entry.get(name, "")) for name in names] for entry in log)]
     write(out / "log.csv", lambda file: file.write("\n".join([*map(",".join, table), ""]).encode()))
     state = {name: getattr(game, name).state_dict() for name in PARTS}
@@ -1357,7 +1357,7 @@ def warn(entry, change, warned):
         "a mask covers nearly nothing: try a larger --sparsity or a smaller --num-masks": empty,
         "two masks are alike: try a larger --occluder-lr or a smaller --num-masks": alike,
         "the occluder has stopped moving: try a larger --occluder-lr or another --seed": stopped}
-    for text in [text for text, holds in signs.items() if holds and text not in warned]:
+    for text in (text for text, holds in signs.items() if holds and text not in warned):
         warned.add(text)
         tqdm.write(f"adios: warning: epoch {entry['epoch']}: {text}", file=sys.stderr)
 
@@ -1566,12 +1566,12 @@ def score(game, data, train_set, test_features):
 
 
 def evaluate(settings):
-    """Score the checkpoint settings.evaluate on its own data or on others, the paper's transfer.
-    Into settings.out go evaluation.json, neighbours.png and, of learned masks outside the run's
-    folder, masks.png; of pictures without classes that only. Returns scores. Raises AdiosError."""
+    """Score the checkpoint settings.evaluate on its own or other data, or raise AdiosError. Into
+    settings.out go evaluation.json, neighbours.png and, if masks are learned and it is not the
+    run's folder, masks.png; of pictures without classes only that. Returns the scores."""
     device, state = pick_device(settings.device), read_checkpoint(settings.evaluate)
     out, run, root = Path(settings.out), Path(settings.evaluate).parent, Path(settings.data_dir)
-    # Inside the run's folder evaluations replace earlier ones, but no other run's (with a log.csv).
+    # In and below the run's folder evaluations replace its earlier ones, but nothing of other runs.
     replaces = out == run or (run in out.parents and not (out / "log.csv").exists())
     check_folder(out, () if replaces or settings.overwrite else files_of_run(out))
     torch.manual_seed(settings.seed)
