@@ -98,8 +98,8 @@ class Occluder(nn.Module):
         flat = channels[-1] * math.ceil(image_size / 2**(depth - 1))**2
         self.mlp = MLP(flat, [128, 128, flat]).append(nn.ReLU())
         self.to_masks = nn.Conv2d(width, num_masks, 1)
-        # Masks that start alike get like gradients and may never part. So logits start with a standard
-        # deviation of about 5 (if N ≤ c) and, on noise, a mean of 0: masks differ, areas hardly.
+        # Masks that start alike get like gradients and may never part. So at first logits have a
+        # standard deviation of about 5 (N ≤ c) and, on noise, mean 0: masks differ, areas hardly.
         nn.init.orthogonal_(self.to_masks.weight, 10)
         with torch.no_grad():
             noise = torch.randn(2, 3, image_size, image_size)
