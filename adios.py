@@ -426,7 +426,7 @@ def make_optimizer(network, settings, constant=()):
     groups = [dict(params=[p for p in trained if (p.ndim > 1, p in constant) == (decays, stays)],
                    weight_decay=settings.weight_decay * decays, constant=stays,
                    lr=torch.zeros((), device=trained[0].device) if cuda else 0.0)
-              for decays, stays in itertools.product((True, False), repeat=2)]
+              for decays, stays in itertools.product((True, False), (False, True))]
     return torch.optim.AdamW(groups, fused=True, capturable=cuda)
 
 
