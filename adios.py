@@ -928,9 +928,9 @@ def open_files(settings):
     """Torchvision's data sets by name, their images unread: "train", "val" and, of a `folder` with
     mixed_rand, what it has of the challenge, in <name>/<class>/ or <name>/val/<class>/. Raises
     AdiosError if they cannot be opened or have fewer than two classes or not all the same."""
-    root, (make, train, val, _) = Path(settings.data_dir), FILES[settings.dataset]
+    root, (make, *parts, _) = Path(settings.data_dir), FILES[settings.dataset]
     try:
-        splits = {"train": make(root, train, download=True), "val": make(root, val, download=True)}
+        splits = dict(zip(("train", "val"), [make(root, part, download=True) for part in parts]))
         classes = splits["train"].classes
         places = {name: place for name in CHALLENGE for place in (f"{name}/val", name)
                   if {unicodedata.normalize("NFC", path.name) for path in
