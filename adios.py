@@ -815,9 +815,9 @@ def draw_shapes(count, size, seed):
     lights = two_tones(hue + draw(-0.02, 0.02), draw(0.35, 0.95), draw_signed(0.2, 0.45), 0.25,
                        saturation, saturation + draw(-0.2, 0.2))
     grain = torch.randint(-10, 11, (count, 1, size, size), generator=rng)
-    noise, vividness = torch.randn(count, generator=rng, dtype=torch.float64), draw(0.4, 1)
+    noise, saturation = torch.randn(count, generator=rng, dtype=torch.float64), draw(0.4, 1)
     stripes = two_tones((3 * labels + 5) / classes + 0.03 * noise, draw(0.35, 0.95),
-                        draw_signed(0.25, 0.5), 0.2, vividness, vividness)
+                        draw_signed(0.25, 0.5), 0.2, saturation, saturation)
 
     # Where they are. Lengths are in units of the image's side.
     turn, stripe_turn, edge_turn = draw(0, math.tau), draw(0, math.tau), draw(0, math.tau)
